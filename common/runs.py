@@ -1,0 +1,361 @@
+"""The run: its flags, its seed, its directory, its record, and how it ends.
+
+A run is a directory `out/<experiment>/<name>/` with `run.json` (one record, written even when the run fails),
+`history.csv` (long-form curves) and whatever the script puts beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import errno
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """What the user can mend: one line that says what was found, what was expected and what to do. Exit status 2."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state. Exit status 130."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- flags
+
+
+class Preset(NamedTuple):
+    """One row of a script's preset table."""
+
+    flag: str
+    full: Any
+    fast: Any
+    meaning: str
+    choices: tuple | None = None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes `--a_flag` and `--a-flag`, refuses abbreviations and answers an error in one line."""
+
+    def __init__(self, doc: str, presets: list[tuple] = ()):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.presets = [Preset(*row) for row in presets]
+        for row in self.presets:
+            shown = f"{row.full}" if row.full == row.fast else f"{row.full}, fast {row.fast}"
+            if isinstance(row.full, bool):
+                self.add_switch(f"--{row.flag}", None, f"{row.meaning} [{'/'.join(_on_off(v) for v in (row.full, row.fast))}]")
+            else:
+                self.add_argument(f"--{row.flag}", type=type(row.full), choices=row.choices, default=None,
+                                  help=f"{row.meaning} [{shown}]".replace("%", "%%"))  # fmt: skip
+        if self.presets:
+            self.add_argument("--fast", action="store_true", help="the fast column of the preset table")
+
+    def add_switch(self, flag: str, default: bool | None, meaning: str) -> None:
+        """A boolean flag with its opposite: `--refit` and `--no_refit`."""
+        name = flag.removeprefix("--")
+        pair = self.add_mutually_exclusive_group()
+        pair.add_argument(flag, dest=name, action="store_true", default=default, help=meaning)
+        pair.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+
+    def parse_args(self, argv=None, namespace=None):
+        """Parse `argv`; fill every preset flag that was not given from the full or the fast column."""
+        argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+        args = super().parse_args([_underscored(word) for word in argv], namespace)
+        for row in self.presets:
+            if getattr(args, row.flag) is None:
+                setattr(args, row.flag, row.fast if args.fast else row.full)
+        return args
+
+    def error(self, message):
+        self.exit(2, f"error: {message}. See: python {self.prog} --help\n")
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if re.match(r"--[a-zA-Z]", word) else word
+
+
+def _on_off(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """UserError unless low <= value <= high (a NaN is outside)."""
+    if not low <= value <= high:
+        raise UserError(f"--{name} {value}: expected a value in [{low}, {high}]")
+
+
+def run_script(main) -> None:
+    """Run `main()` as a program: one line and exit status 2 for a UserError, 130 when interrupted, else a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"\ninterrupted. {stop}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}. Free some space or name another directory; "
+              "what was already written is intact", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------------- seed and device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def resolve_device(device: str):
+    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is checked and taken."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]} Use --device auto or cpu") from None
+    return resolved
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and commit, for the record."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "datasets", "peft", "accelerate", "numpy", "safetensors"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    git = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty", "--abbrev=12"],
+                         capture_output=True, text=True, check=False) if (REPOSITORY / ".git").exists() else None  # fmt: skip
+    return {
+        "versions": versions,
+        "commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside and rename into place: a reader sees the old file or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Remove it and run again") from None
+
+
+def fingerprint(value: Any) -> str:
+    """Eight hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+# --------------------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """One run's directory and record. Use as a context manager: the record's `status` says how it ended.
+
+    The name defaults to a hash of the configuration, so a changed configuration is another run. With `name` given, an
+    unfinished run there is only continued if its configuration is the same one (UserError otherwise).
+
+    resume: "auto" continues an unfinished run; "never" moves what is there aside (`<name>.old-1`) and starts anew.
+    """
+
+    def __init__(self, out_dir: Path, experiment: str, config: dict[str, Any], name: str | None = None,
+                 resume: str = "auto"):  # fmt: skip
+        self.config = json.loads(json.dumps(config, default=str))
+        self.dir = Path(out_dir) / experiment / (name or fingerprint(self.config))
+        self.checkpoint_dir = self.dir / "checkpoint"
+        self.model_dir = self.dir / "model"
+        self._resume = resume
+        self._lock = None
+        self.record: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("status") == "finished"
+
+    def __enter__(self) -> Run:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.dir}: cannot be a run directory, a file is in the way. Use another --out_dir") from None
+        self._lock = FileLock(self.dir.parent / f".{self.dir.name}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.dir}: another process is working on this run. Wait for it, or use --run_name") from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        path = self.dir / "run.json"
+        if path.exists() and self._resume == "never":
+            self._move_aside()
+        previous = read_json(path) if path.exists() else {}
+        if previous and previous.get("config") != self.config:
+            old = previous.get("config") or {}
+            changed = sorted(key for key in {*old, *self.config} if old.get(key) != self.config.get(key))
+            what = ", ".join(f"{key} {old.get(key)} -> {self.config.get(key)}" for key in changed[:4])
+            raise UserError(f"{self.dir}: holds a run with another configuration ({what}). "
+                            "Use another --run_name, or --resume never to start anew")  # fmt: skip
+        self.record = previous
+        if self.finished:
+            return
+        self.record |= {
+            "status": "running",
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "config": self.config,
+            "started": previous.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "timings": previous.get("timings", {}),
+        }
+        self.save()
+
+    def _move_aside(self) -> None:
+        n = 1
+        while (aside := self.dir.with_name(f"{self.dir.name}.old-{n}")).exists():
+            n += 1
+        os.replace(self.dir, aside)
+        self.dir.mkdir()
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if not self.finished:
+                if error is None:
+                    self.record["status"] = "finished"
+                elif isinstance(error, (KeyboardInterrupt, Interrupted)):
+                    self.record["status"] = "interrupted"
+                else:
+                    self.record |= {"status": "failed", "error": f"{kind.__name__}: {error}"}
+                self.record["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+                with suppress(OSError if error else ()):  # a full disk must not hide the error that was raised first
+                    self.save()
+        finally:
+            self._lock.release()
+
+    def save(self) -> None:
+        write_atomic(self.dir / "run.json", json.dumps(self.record, indent=2, default=str) + "\n")
+
+    @contextmanager
+    def timed(self, phase: str):
+        """Add the seconds spent inside to `timings[phase]`; a resumed run goes on counting."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.record["timings"][phase] = round(self.record["timings"].get(phase, 0) + time.perf_counter() - start, 3)
+
+    def log(self, step: int, phase: str, **metrics: float) -> None:
+        """Append to history.csv, one row a metric. Rows that a resumed run repeats are dropped by `rewind`."""
+        path = self.dir / "history.csv"
+        new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(["step", "phase", "metric", "value"])
+            rows.writerows([step, phase, name, value] for name, value in metrics.items())
+
+    def rewind(self, step: int) -> None:
+        """Drop the history after `step`: the run continues from there."""
+        path = self.dir / "history.csv"
+        if path.exists():
+            head, *rows = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= step]
+            write_atomic(path, "\n".join([head, *kept]) + "\n")
+
+    def history(self) -> list[tuple[int, str, str, float]]:
+        path = self.dir / "history.csv"
+        if not path.exists():
+            return []
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))[1:]
+        return [(int(step), phase, metric, float(value)) for step, phase, metric, value in rows]
+
+
+@contextmanager
+def stop_requests():
+    """Yields a function that says whether Ctrl+C or SIGTERM came; a second Ctrl+C interrupts at once."""
+    seen = []
+
+    def handler(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    previous = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, old in zip(numbers, previous, strict=True):
+            signal.signal(number, old)
+
+
+# --------------------------------------------------------------------------------------------------------------- console
+
+
+def table(rows: list[list[Any]], markdown: bool = False) -> str:
+    """Rows (the first is the header) as aligned text: the first column to the left, the others to the right."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in cells]  # fmt: skip
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)] if markdown else ["-" * w for w in widths]
+    start, between, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    return "\n".join(start + between.join(line) + end for line in [lines[0], rule, *lines[1:]])
