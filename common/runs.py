@@ -58,7 +58,8 @@ class Parser(argparse.ArgumentParser):
         for row in self.presets:
             shown = f"{row.full}" if row.full == row.fast else f"{row.full}, fast {row.fast}"
             if isinstance(row.full, bool):
-                self.add_switch(f"--{row.flag}", None, f"{row.meaning} [{'/'.join(_on_off(v) for v in (row.full, row.fast))}]")
+                shown = shown.replace("True", "on").replace("False", "off")
+                self.add_switch(f"--{row.flag}", None, f"{row.meaning} [{shown}]")
             else:
                 self.add_argument(f"--{row.flag}", type=type(row.full), choices=row.choices, default=None,
                                   help=f"{row.meaning} [{shown}]".replace("%", "%%"))  # fmt: skip
@@ -88,10 +89,6 @@ class Parser(argparse.ArgumentParser):
 def _underscored(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if re.match(r"--[a-zA-Z]", word) else word
-
-
-def _on_off(value: bool) -> str:
-    return "on" if value else "off"
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -155,11 +152,15 @@ def environment() -> dict[str, Any]:
     for name in ("torch", "transformers", "datasets", "peft", "accelerate", "numpy", "safetensors"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    git = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--dirty", "--abbrev=12"],
-                         capture_output=True, text=True, check=False) if (REPOSITORY / ".git").exists() else None  # fmt: skip
+    describe = ["git", "-C", REPOSITORY, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(describe, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     return {
         "versions": versions,
-        "commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "commit": commit,
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -356,6 +357,8 @@ def table(rows: list[list[Any]], markdown: bool = False) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
              for row in cells]  # fmt: skip
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)] if markdown else ["-" * w for w in widths]
+    rule = ["-" * w for w in widths]
+    if markdown:
+        rule = [rule[0], *(line[:-1] + ":" for line in rule[1:])]
     start, between, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
     return "\n".join(start + between.join(line) + end for line in [lines[0], rule, *lines[1:]])
