@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,31 +41,54 @@ class Interrupted(Exception):
 
 
 class Preset(NamedTuple):
-    """One row of a script's preset table."""
+    """One row of a script's preset table. `limits`: the choices of a text, the least and the greatest of a number."""
 
     flag: str
     full: Any
     fast: Any
     meaning: str
-    choices: tuple | None = None
+    limits: tuple = ()
+
+
+# Flags that several scripts take: one spelling, one meaning, one default.
+SHARED_FLAGS: dict[str, dict[str, Any]] = {
+    "model": {"default": "auto", "help": "directory, hub name, or auto: what is prepared, else the default [auto]"},
+    "task": {"default": "auto", "help": "sst2, reviews, a file or folder of labelled texts, or auto: what is prepared [auto]"},
+    "source": {"default": "auto", "choices": ("auto", "hub", "local", "wheel"), "help": "where data and model come from [auto]"},
+    "local_dir": {"type": Path, "help": "folder that holds SST-2 in GLUE layout (train.tsv, dev.tsv)"},
+    "text_column": {"help": "column of the texts, of a task given as a path [guessed]"},
+    "label_column": {"help": "column of the labels, of a task given as a path [guessed]"},
+    "data_dir": {"type": Path, "default": Path("data"), "help": "prepared data and models [data]"},
+    "out_dir": {"type": Path, "default": Path("out"), "help": "where runs are kept [out]"},
+    "run_name": {"help": "name of the run's directory [a hash of its configuration]"},
+    "resume": {"default": "auto", "choices": ("auto", "never"), "help": "go on with an unfinished run, or start anew [auto]"},
+    "save_every": {"type": int, "default": 500, "help": "steps between checkpoints, besides one at each epoch's end [500]"},
+    "seed": {"type": int, "default": 0, "help": "of everything random [0]"},
+    "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, mps [auto]"},
+    "compile": {"action": "store_true", "help": "torch.compile the training forward"},
+    "tensorboard": {"action": "store_true", "help": "write the curves for TensorBoard too"},
+    "dry_run": {"action": "store_true", "help": "print the plan and stop"},
+}
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that takes `--a_flag` and `--a-flag`, refuses abbreviations and answers an error in one line."""
 
-    def __init__(self, doc: str, presets: list[tuple] = ()):
+    def __init__(self, doc: str, presets: list[tuple] = (), shared: tuple[str, ...] = ()):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.presets = [Preset(*row) for row in presets]
+        if self.presets:
+            self.add_argument("--fast", action="store_true", help="take the fast column of the preset table")
         for row in self.presets:
             shown = f"{row.full}" if row.full == row.fast else f"{row.full}, fast {row.fast}"
             if isinstance(row.full, bool):
                 shown = shown.replace("True", "on").replace("False", "off")
                 self.add_switch(f"--{row.flag}", None, f"{row.meaning} [{shown}]")
             else:
-                self.add_argument(f"--{row.flag}", type=type(row.full), choices=row.choices, default=None,
-                                  help=f"{row.meaning} [{shown}]".replace("%", "%%"))  # fmt: skip
-        if self.presets:
-            self.add_argument("--fast", action="store_true", help="the fast column of the preset table")
+                self.add_argument(f"--{row.flag}", type=type(row.full), help=f"{row.meaning} [{shown}]".replace("%", "%%"),
+                                  choices=row.limits or None if isinstance(row.full, str) else None)  # fmt: skip
+        for name in shared:
+            self.add_argument(f"--{name}", **SHARED_FLAGS[name])
 
     def add_switch(self, flag: str, default: bool | None, meaning: str) -> None:
         """A boolean flag with its opposite: `--refit` and `--no_refit`."""
@@ -80,6 +104,9 @@ class Parser(argparse.ArgumentParser):
         for row in self.presets:
             if getattr(args, row.flag) is None:
                 setattr(args, row.flag, row.fast if args.fast else row.full)
+            value = getattr(args, row.flag)
+            if row.limits and not isinstance(value, str) and not row.limits[0] <= value <= row.limits[1]:  # NaN too
+                self.error(f"--{row.flag} {value}: expected a value from {row.limits[0]} to {row.limits[1]}")
         return args
 
     def error(self, message):
@@ -89,12 +116,6 @@ class Parser(argparse.ArgumentParser):
 def _underscored(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if re.match(r"--[a-zA-Z]", word) else word
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """UserError unless low <= value <= high (a NaN is outside)."""
-    if not low <= value <= high:
-        raise UserError(f"--{name} {value}: expected a value in [{low}, {high}]")
 
 
 def run_script(main) -> None:
@@ -137,6 +158,7 @@ def resolve_device(device: str):
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
+        torch.set_float32_matmul_precision("high" if resolved.type == "cuda" else "highest")  # TF32 where there is such
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]} Use --device auto or cpu") from None
     return resolved
@@ -210,16 +232,24 @@ class Run:
     unfinished run there is only continued if its configuration is the same one (UserError otherwise).
 
     resume: "auto" continues an unfinished run; "never" moves what is there aside (`<name>.old-1`) and starts anew.
+    wait: wait for another process that works on the same run, instead of refusing.
+    tensorboard: write the curves for TensorBoard too.
     """
 
     def __init__(self, out_dir: Path, experiment: str, config: dict[str, Any], name: str | None = None,
-                 resume: str = "auto"):  # fmt: skip
+                 resume: str = "auto", wait: bool = False, tensorboard: bool = False):  # fmt: skip
         self.config = json.loads(json.dumps(config, default=str))
         self.dir = Path(out_dir) / experiment / (name or fingerprint(self.config))
         self.checkpoint_dir = self.dir / "checkpoint"
         self.model_dir = self.dir / "model"
-        self._resume = resume
-        self._lock = None
+        self._resume, self._wait = resume, wait
+        self._lock, self._writer = None, None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: the package is missing. Run: pip install -r requirements-extra.txt") from None
+            self._writer = partial(SummaryWriter, str(self.dir / "tensorboard"))
         self.record: dict[str, Any] = {}
 
     @property
@@ -235,7 +265,7 @@ class Run:
             raise UserError(f"{self.dir}: cannot be a run directory, a file is in the way. Use another --out_dir") from None
         self._lock = FileLock(self.dir.parent / f".{self.dir.name}.lock")
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=-1 if self._wait else 0)
         except Timeout:
             raise UserError(f"{self.dir}: another process is working on this run. Wait for it, or use --run_name") from None
         try:
@@ -312,6 +342,10 @@ class Run:
             if new:
                 rows.writerow(["step", "phase", "metric", "value"])
             rows.writerows([step, phase, name, value] for name, value in metrics.items())
+        if self._writer is not None:
+            with self._writer() as writer:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
         """Drop the history after `step`: the run continues from there."""

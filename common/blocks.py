@@ -1,0 +1,211 @@
+"""One view of every architecture: the projections of each transformer block.
+
+A new family is one row of FAMILIES. Nothing outside this file names a submodule of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from common.runs import UserError
+
+KINDS = ("heads", "neurons")  # of groups
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps its projections; paths are relative to a layer, `layers` to `model.base_model`."""
+
+    layers: str
+    attention: str  # the module whose forward splits the heads
+    qkv: tuple[str, str, str]  # relative to `attention`
+    o: str
+    ffn_in: tuple[str, ...]  # every projection into the hidden neurons
+    ffn_out: str
+    head_attributes: tuple[str, ...] = ()  # attributes of `attention` that hold the number of query heads
+    config_heads: tuple[str, ...] = ()  # config keys with which even head counts are expressed: query heads, KV heads
+    config_neurons: str = "intermediate_size"
+
+
+_BERT = Family("encoder.layer", "attention.self", ("query", "key", "value"), "attention.output.dense",
+               ("intermediate.dense",), "output.dense", ("num_attention_heads",))  # fmt: skip
+_DISTILBERT = Family("transformer.layer", "attention", ("q_lin", "k_lin", "v_lin"), "attention.out_lin",
+                     ("ffn.lin1",), "ffn.lin2", ("n_heads",), config_neurons="hidden_dim")  # fmt: skip
+_OPT = Family("decoder.layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.out_proj",
+              ("fc1",), "fc2", ("num_heads",), config_neurons="ffn_dim")  # fmt: skip
+_LLAMA = Family("layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj",
+                ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj",
+                config_heads=("num_attention_heads", "num_key_value_heads"))  # fmt: skip
+
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "distilbert": _DISTILBERT,
+    "opt": _OPT,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one block. A head group is one KV head with all its query heads (one head where there is no GQA).
+
+    q: (n_heads * head_dim, hidden), k and v: (n_kv_heads * head_dim, hidden), o: (hidden, n_heads * head_dim).
+    """
+
+    module: nn.Module
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    head_dim: int
+
+    @property
+    def n_heads(self) -> int:
+        return self.q.out_features // self.head_dim
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.k.out_features // self.head_dim
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward part of one block. A group is one hidden neuron: its row of every `ins`, its column of `out`."""
+
+    ins: tuple[nn.Linear, ...]
+    out: nn.Linear
+
+    @property
+    def n_neurons(self) -> int:
+        return self.out.in_features
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block of a model, as groups see it."""
+
+    attention: Attention
+    ffn: FeedForward
+
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return (self.attention.q, self.attention.k, self.attention.v, self.attention.o, *self.ffn.ins, self.ffn.out)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"heads": self.attention.n_heads, "kv_heads": self.attention.n_kv_heads, "neurons": self.ffn.n_neurons}
+
+
+def family_of(config) -> Family:
+    """The row of FAMILIES for a model's config. UserError for an architecture that is not in the table."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"model type {config.model_type!r} is not supported; known: {', '.join(FAMILIES)}. "
+                        "A new family is one row of FAMILIES in common/blocks.py")  # fmt: skip
+    return FAMILIES[config.model_type]
+
+
+def head_dim_of(config) -> int:
+    """Width of one head, from the config (an explicit `head_dim` wins over hidden / heads)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def blocks_of(model) -> list[Block]:
+    """The blocks of a `transformers` model, first to last, whatever head it carries."""
+    family, head_dim = family_of(model.config), head_dim_of(model.config)
+    blocks = []
+    for layer in model.base_model.get_submodule(family.layers):
+        attention = layer.get_submodule(family.attention)
+        q, k, v = (attention.get_submodule(name) for name in family.qkv)
+        ins = tuple(layer.get_submodule(name) for name in family.ffn_in)
+        blocks.append(Block(Attention(attention, q, k, v, layer.get_submodule(family.o), head_dim),
+                            FeedForward(ins, layer.get_submodule(family.ffn_out))))  # fmt: skip
+    return blocks
+
+
+# ---------------------------------------------------------------------------------------------------------------- groups
+
+
+def group_counts(blocks: list[Block]) -> dict[str, list[int]]:
+    """How many groups each layer has: head groups (KV heads) and neurons."""
+    return {"heads": [b.attention.n_kv_heads for b in blocks], "neurons": [b.ffn.n_neurons for b in blocks]}
+
+
+def group_costs(blocks: list[Block], budget: str = "parameters", length: int = 128) -> dict[str, list[float]]:
+    """Cost of one group of each kind in each layer: its parameters, or its multiply-accumulates per token at `length`.
+
+    A head group costs its rows of q, k, v and its columns of o, and in MACs also 2 * length * head_dim per query head for
+    the attention products.
+    """
+    costs: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for block in blocks:
+        a, ffn = block.attention, block.ffn
+        ins = [a.q, a.k, a.v]
+        head = sum(linear.weight.numel() for linear in (*ins, a.o)) / a.n_kv_heads
+        neuron = sum(linear.in_features for linear in ffn.ins) + ffn.out.out_features
+        if budget == "macs":
+            head += 2 * length * a.head_dim * a.n_heads / a.n_kv_heads
+        else:
+            head += sum(linear.out_features for linear in ins if linear.bias is not None) / a.n_kv_heads
+            neuron += sum(linear.bias is not None for linear in ffn.ins)
+        costs["heads"].append(float(head))
+        costs["neurons"].append(float(neuron))
+    return costs
+
+
+def total_cost(blocks: list[Block], budget: str = "parameters", length: int = 128) -> float:
+    """Cost of all projections of all blocks, the biases that no group owns included: what a sparsity is a fraction of."""
+    costs, counts = group_costs(blocks, budget, length), group_counts(blocks)
+    total = sum(cost * n for kind in KINDS for cost, n in zip(costs[kind], counts[kind], strict=True))
+    if budget == "parameters":
+        shared = [linear.bias for block in blocks for linear in (block.attention.o, block.ffn.out)]
+        total += sum(bias.numel() for bias in shared if bias is not None)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- models of other shapes
+
+
+def set_shapes_(model) -> None:
+    """After projections were cut: make the attributes and the config of `model` say the shapes it now has.
+
+    Shapes that the stock config can express (all layers alike; other head counts only where the family's config has the
+    head width apart) go to its own keys, and the model loads plainly. The others are listed by module name in
+    `config.pruned_linears` and `config.pruned_attributes`, which `modeling_pruned.py` reads.
+    """
+    family, blocks, config = family_of(model.config), blocks_of(model), model.config
+    head_dim, names = head_dim_of(config), {id(module): name for name, module in model.named_modules()}
+    attributes = {}
+    for block in blocks:
+        attention = block.attention
+        values = {
+            **dict.fromkeys(family.head_attributes, attention.n_heads),
+            "all_head_size": attention.q.out_features,
+            "num_key_value_groups": attention.n_heads // attention.n_kv_heads,
+        }
+        values = {name: value for name, value in values.items() if hasattr(attention.module, name)}
+        for name, value in values.items():
+            setattr(attention.module, name, value)
+        attributes[names[id(attention.module)]] = values
+    for key in ("pruned_linears", "pruned_attributes"):
+        config.__dict__.pop(key, None)
+    shapes = [block.shape for block in blocks]
+    stock_heads = {"heads": config.num_attention_heads}
+    stock_heads["kv_heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    same_heads = all(shape[key] == count for shape in shapes for key, count in stock_heads.items())
+    if all(shape == shapes[0] for shape in shapes) and (same_heads or family.config_heads):
+        setattr(config, family.config_neurons, shapes[0]["neurons"])
+        if not same_heads:
+            config.head_dim = head_dim
+            for key, kind in zip(family.config_heads, ("heads", "kv_heads"), strict=True):
+                setattr(config, key, shapes[0][kind])
+    else:
+        linears = [linear for block in blocks for linear in block.projections]
+        config.pruned_linears = {names[id(linear)]: [linear.in_features, linear.out_features] for linear in linears}
+        config.pruned_attributes = attributes

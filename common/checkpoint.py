@@ -1,0 +1,189 @@
+"""Exact resume, and compressed models that load with stock `transformers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from common import modeling_pruned
+from common.runs import UserError, read_json, write_atomic
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, lists, dicts) and all random states as `last.pt`; the one before stays.
+
+    Written beside and renamed into place: a process killed at any moment leaves a whole `last.pt` or `previous.pt`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {**state, "rng": _rng_state()}
+    beside, last = directory / ".next.pt", directory / "last.pt"
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{directory}: could not write a checkpoint ({str(error).splitlines()[0]}). Free some space and run "
+                        "the same command again: the checkpoint before is intact") from None  # fmt: skip
+    if last.exists():
+        os.replace(last, directory / "previous.pt")
+    os.replace(beside, last)
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The newest whole checkpoint and, if a damaged one had to be passed over, a warning. (None, None) where there is none.
+
+    Does not touch any random state: call `restore_rng` when everything is built. UserError when all are damaged.
+    """
+    damaged = []
+    for name in ("last.pt", "previous.pt"):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged archive raises is not documented: RuntimeError, EOFError, pickle errors
+            damaged.append(f"{path} is damaged ({type(error).__name__})")
+            continue
+        return state, f"{'; '.join(damaged)}; continuing from {name}" if damaged else None
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}. Use --resume never to start anew (what is there is moved aside)")
+    return None, None
+
+
+def drop(*paths: Path) -> None:
+    """Remove what a finished run no longer needs: directories or files, there or not."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _rng_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": json.dumps(random.getstate()),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set every random state to what `save_checkpoint` found."""
+    rng = state["rng"]
+    version, internal, gauss = json.loads(rng["python"])
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = rng["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(rng["cuda"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- models
+
+
+def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None = None, earlier: Path | None = None) -> None:
+    """Write a model directory that stock `transformers` loads; the old one is replaced only when the new one is whole.
+
+    Where layers differ in shape, `modeling_pruned.py` goes along and loading needs `trust_remote_code=True`. `stage` (what
+    was asked for and what was measured) is appended to the stages of the model it started from (`earlier`'s
+    compression.json).
+    """
+    directory = Path(directory)
+    beside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    config = model.config
+    try:
+        if hasattr(config, "pruned_linears"):
+            name = type(model).__name__
+            config.auto_map = {_auto_class(name): f"modeling_pruned.Pruned{name}"}
+            beside.mkdir(parents=True)
+            shutil.copy(modeling_pruned.__file__, beside / "modeling_pruned.py")
+        elif hasattr(config, "auto_map"):
+            del config.auto_map
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if stage is not None:
+            stages = compression_stages(earlier) if earlier else []
+            write_atomic(beside / "compression.json", json.dumps({"stages": [*stages, stage]}, indent=2, default=str) + "\n")
+        aside = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, aside)
+        os.replace(beside, directory)
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def compression_stages(directory: Path) -> list[dict]:
+    """The stages in a model directory's compression.json, first to last; none for a model that was never compressed."""
+    path = Path(directory) / "compression.json"
+    return read_json(path)["stages"] if path.exists() else []
+
+
+def _auto_class(name: str) -> str:
+    for head in ("ForSequenceClassification", "ForCausalLM"):
+        if name.endswith(head):
+            return f"AutoModel{head}"
+    return "AutoModel"
+
+
+def load_model(directory: Path, auto_class, **kwargs):
+    """`auto_class.from_pretrained`, for plain models and for ours of uneven shapes, running no code from the directory."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if getattr(config, "pruned_linears", None):
+            return getattr(modeling_pruned, config.architectures[0]).from_pretrained(directory, **kwargs)
+        return auto_class.from_pretrained(directory, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{directory}: not loadable as {auto_class.__name__} ({str(error).splitlines()[0]}). "
+                        "Expected config.json and *.safetensors of a supported model") from None  # fmt: skip
+
+
+def load_classifier(directory: Path, names: list[str] | None = None, dropout: float | None = None):
+    """A sequence classifier. With `names`, for these labels: a head of another size is made anew. `dropout` replaces the
+    probabilities of all Dropout modules, and not the config's.
+    """
+    labels = {}
+    if names is not None:
+        labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)},
+                  "ignore_mismatched_sizes": True}  # fmt: skip
+    model = load_model(directory, AutoModelForSequenceClassification, **labels)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and dropout is not None:
+            module.p = dropout
+    return model
+
+
+def outline(directory: Path):
+    """The classifier in a directory without its weights, on the meta device: for shapes, costs and counts."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+        if getattr(config, "pruned_linears", None):
+            modeling_pruned.resize_(model, config)
+    return model
+
+
+def is_classifier_of(config, names: list[str]) -> bool:
+    """Whether a config is that of a classifier with these labels (by name, or by number where they have no names)."""
+    trained = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    shown = [str(config.id2label[i]).lower() for i in range(config.num_labels)]
+    return trained and shown in ([name.lower() for name in names], [f"label_{i}" for i in range(len(names))])

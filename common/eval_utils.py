@@ -1,0 +1,219 @@
+"""Measuring models: predictions, accuracy, size, work, memory and latency."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.blocks import blocks_of
+from common.checkpoint import load_classifier
+from common.data import Split, in_order, inputs_of, loader
+from common.train_utils import autocast
+
+
+@contextmanager
+def evaluating(model):
+    """Eval mode without gradients; the mode is put back, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def predict(model, split: Split, device: torch.device, precision: str = "32", batch_size: int = 128) -> torch.Tensor:
+    """Logits of every example in the order of the split: (n, n_classes) fp32 on the CPU."""
+    logits, order = [], []
+    with evaluating(model):
+        for batch in loader(split, in_order(split.lengths, batch_size), device):
+            with autocast(device, precision):
+                output = model(**inputs_of(batch)).logits
+            logits.append(output.float())
+            order.append(batch["index"])
+    result = torch.empty(len(split), logits[0].shape[1])
+    result[torch.cat(order).cpu()] = torch.cat(logits).cpu()
+    return result
+
+
+def classification_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy and F1 (of class 1 for two classes, macro for more), with the number of examples."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    predicted = logits.argmax(1).numpy()
+    average = "binary" if logits.shape[1] == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "f1": float(f1_score(labels, predicted, average=average, zero_division=0.0)),
+        "n": len(labels),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- size and work
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of every file below a model directory: all that loading it needs."""
+    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+
+
+def macs_per_example(model, length: int) -> int:
+    """Multiply-accumulates of one forward of one example of `length` tokens: all matrix products, attention included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return counter.get_total_flops() // 2
+
+
+# ---------------------------------------------------------------------------------------------------- memory and latency
+
+
+def _timing_batch(batch_size: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 100, (batch_size, length), generator=torch.Generator().manual_seed(0)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, device: torch.device, precision: str = "32",
+            seconds: float = 3.0) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Milliseconds of a forward (median, p95) and examples per second, for models on the same full batch.
+
+    The models take turns, so that a drift of the machine's speed falls on all of them; each is warmed up first and the
+    device is synchronised around every run. At least ten runs each, and about `seconds` in all for each model.
+    """
+    batch = _timing_batch(batch_size, length, device)
+
+    def run(model) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        with autocast(device, precision):
+            model(**batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    modes = {name: model.training for name, model in models.items()}
+    try:
+        with torch.inference_mode():
+            for model in models.values():
+                model.eval()
+                for _ in range(3):
+                    run(model)
+            while any(len(t) < 10 or sum(t) < seconds for t in times.values()):
+                for name, model in models.items():
+                    times[name].append(run(model))
+    finally:
+        for name, model in models.items():
+            model.train(modes[name])
+    return {
+        name: {
+            "latency_ms": statistics.median(t) * 1e3,
+            "latency_p95_ms": float(np.quantile(t, 0.95)) * 1e3,
+            "examples_per_second": batch_size / statistics.median(t),
+            "runs": len(t),
+        }
+        for name, t in times.items()
+    }
+
+
+def peak_memory(model_dir: Path, batch_size: int, length: int, device: torch.device) -> int:
+    """Bytes that loading a classifier directory and running a full batch adds to a fresh process, at the peak.
+
+    On CUDA the allocator's peak; on the CPU the growth of the process's resident set.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory, (str(model_dir), batch_size, length, str(device), torch.get_num_threads()))
+
+
+def _peak_memory(model_dir: str, batch_size: int, length: int, device_name: str, threads: int) -> int:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    batch = _timing_batch(batch_size, length, device)
+    torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # the math library's own buffers
+    before = _resident_peak()
+    model = load_classifier(Path(model_dir)).to(device).eval()
+    with torch.inference_mode():
+        model(**batch)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak() - before
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent's pages in a child process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", info.rss)
+
+
+# ------------------------------------------------------------------------------------------------- classifiers, compared
+
+
+def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: torch.device, batch_size: int = 32,
+                        length: int = 64) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Everything a table of classifiers says, for models loaded from their directories, in fp32.
+
+    Accuracy and F1 on `validation`, parameters (of the whole model and of its blocks), bytes of the directory, MACs an
+    example of `length` tokens, latency and throughput on full batches of `batch_size` x `length`, peak memory of a fresh
+    process on such a batch.
+    """
+    models = {name: load_classifier(path).to(device) for name, path in model_dirs.items()}
+    times = latency(models, batch_size, length, device)
+    return {
+        name: {
+            **classification_metrics(predict(model, validation, device), validation.labels),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "block_parameters": sum(p.numel() for b in blocks_of(model) for linear in b.projections for p in linear.parameters()),
+            "bytes": directory_bytes(model_dirs[name]),
+            "macs_per_example": macs_per_example(model, length),
+            "peak_memory": peak_memory(model_dirs[name], batch_size, length, device),
+            **times[name],
+        }
+        for name, model in models.items()
+    }
+
+
+# How a table shows what `measure_classifiers` returns: (key, label, text of a value, whether a ratio to the first says more).
+ROWS = [
+    ("accuracy", "accuracy", lambda v: f"{v:.4f}", False),
+    ("f1", "F1", lambda v: f"{v:.4f}", False),
+    ("sparsity_asked", "sparsity asked", lambda v: f"{v:.4f}", False),
+    ("sparsity", "sparsity measured", lambda v: f"{v:.4f}", False),
+    ("parameters", "parameters", lambda v: f"{v / 1e6:.2f} M", True),
+    ("block_parameters", "  in attention and FFN", lambda v: f"{v / 1e6:.2f} M", True),
+    ("bytes", "bytes on disk", lambda v: f"{v / 1e6:.1f} MB", True),
+    ("macs_per_example", "MACs an example", lambda v: f"{v / 1e6:,.0f} M", True),
+    ("peak_memory", "peak memory", lambda v: f"{v / 2**20:,.0f} MiB", True),
+    ("latency_ms", "latency, median", lambda v: f"{v:.1f} ms", True),
+    ("latency_p95_ms", "latency, p95", lambda v: f"{v:.1f} ms", True),
+    ("examples_per_second", "throughput", lambda v: f"{v:,.0f} /s", True),
+]
+
+
+def comparison(measured: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Measured models as rows of a table, one model a column; every further model with its ratio to the first."""
+    first, *others = measured
+    rows = [["", first, *(cell for name in others for cell in (name, "ratio"))]]
+    for key, label, text, as_ratio in ROWS:
+        if not any(key in values for values in measured.values()):
+            continue
+        row = [label, text(measured[first][key]) if key in measured[first] else ""]
+        for name in others:
+            row += [text(measured[name][key]), f"{measured[name][key] / measured[first][key]:.2f}" if as_ratio else ""]
+        rows.append(row)
+    return rows

@@ -1,0 +1,106 @@
+"""Optimizer, learning rate, precision and early stopping: the parts of a training loop that should not differ by script."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from common.runs import UserError
+
+PRECISIONS = ("auto", "32", "16-mixed", "bf16-mixed")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); without it bf16 is slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is fp16 with loss scaling on CUDA, bf16 on CPUs that have it, else fp32. UserError for what cannot work."""
+    if precision == "auto":
+        if device.type == "cuda":
+            return "16-mixed"
+        return "bf16-mixed" if device.type == "cpu" and cpu_has_bf16() else "32"
+    if precision == "16-mixed" and device.type != "cuda":
+        raise UserError(f"--precision 16-mixed: needs CUDA, the device is {device.type}. Use --precision auto")
+    return precision
+
+
+def autocast(device: torch.device, precision: str):
+    """The context in which forwards run; losses are computed outside of it, in fp32."""
+    if precision == "32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.float16 if precision == "16-mixed" else torch.bfloat16)
+
+
+def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; does nothing otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "16-mixed")
+
+
+def adamw(model, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW over what requires gradients; biases and norms are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+def linear_schedule(step: int, total: int, warmup: float) -> float:
+    """Factor of the peak learning rate at `step` of `total`: up over the first share `warmup`, then down to zero."""
+    n_warmup = max(1, round(total * warmup))
+    if step < n_warmup:
+        return (step + 1) / n_warmup
+    return max(0.0, (total - step) / max(1, total - n_warmup))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+class EarlyStopping:
+    """Says when a metric that should grow has not grown by `min_delta` for `patience` looks, and whether it is the best."""
+
+    def __init__(self, patience: int, min_delta: float):
+        self.patience, self.min_delta = patience, min_delta
+        self.best, self.reference, self.bad = -float("inf"), -float("inf"), 0
+
+    def update(self, value: float) -> bool:
+        """Take a new value; True if it is the best so far."""
+        if value > self.reference + self.min_delta:
+            self.reference, self.bad = value, 0
+        else:
+            self.bad += 1
+        is_best = value > self.best
+        self.best = max(self.best, value)
+        return is_best
+
+    @property
+    def stop(self) -> bool:
+        return self.bad >= self.patience
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "reference": self.reference, "bad": self.bad}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.reference, self.bad = state["best"], state["reference"], state["bad"]
+
+
+def training_memory(model, batch_size: int, length: int, precision: str) -> int:
+    """Bytes that a training step is expected to hold, an estimate: weights, gradients and two moments in fp32, and what a
+    block keeps for its backward (about 14 tensors of the width, 4 of the FFN's, and the attention probabilities at worst).
+
+    Works on a model on the meta device.
+    """
+    from common.blocks import blocks_of
+
+    states = 16 * sum(p.numel() for p in model.parameters())
+    tokens, kept = batch_size * length, 0
+    for block in blocks_of(model):
+        a = block.attention
+        kept += 14 * a.o.out_features + 4 * block.ffn.n_neurons + 2 * a.n_heads * length
+    return states + tokens * kept * (4 if precision == "32" else 2)
