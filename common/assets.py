@@ -194,8 +194,9 @@ def _prepare_path(path: Path, data_dir: Path, text_column: str | None, label_col
         notes: list[str] = []
         splits = tables.read_splits(files, text_column, label_column, notes)
         if "validation" not in splits:
-            splits |= tables.hold_out(tables.drop_repeats(splits["train"], notes), seed)
-            notes.append(f"validation: one row in {tables.FOLDS} of train, every class alike")
+            held_out = tables.hold_out(tables.drop_repeats(splits.pop("train"), notes), seed)
+            notes.append(f"validation: {len(held_out['validation']):,} rows held out of train, every class alike")
+            splits = held_out | splits
         record = fetch.origin_record("local", str(path), None, "yours")
         return {"task": path.resolve().name} | record | {"options": options} | _write_task(folder, splits, notes)
 

@@ -80,7 +80,7 @@ def read_splits(files: dict[str, list[Path]], text_column: str | None, label_col
     splits, wanted = {}, {"text_column": text_column, "label_column": label_column}
     for split, paths in files.items():
         frame = pandas.concat([read_table(path) for path in paths], ignore_index=True)
-        names = [str(name) for name in frame.columns]
+        frame.columns = names = [str(name).strip() for name in frame.columns]
         for flag, usual in COLUMNS.items():
             fit = [name for name in names if (name == wanted[flag] if wanted[flag] else name.lower() in usual)]
             if split == "test" and flag == "label_column" and not fit:
@@ -112,6 +112,8 @@ def _string(value: Any) -> str:
         raise UserError(f"expected one text and one label a row, found {value!r:.60}")
     if pandas.isna(value):
         return ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip().encode("utf-8", "replace").decode()  # a lone surrogate cannot be stored
@@ -145,7 +147,8 @@ def join_groups(frame: pandas.DataFrame, groups: pandas.Series) -> pandas.Series
 
 
 def hold_out(frame: pandas.DataFrame, seed: int, groups: pandas.Series | None = None) -> dict[str, pandas.DataFrame]:
-    """Train and validation with the classes in the same proportions, and each group wholly on one side."""
+    """Train and validation with the classes in the same proportions, each group wholly on one side; one row in FOLDS is held
+    out, or more where no class has as many rows."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     largest = frame["label"].value_counts().max()

@@ -192,6 +192,18 @@ def test_a_folder_keeps_its_splits(tmp_path):
     assert prepare_task(str(path), tmp_path / "elsewhere").path == path  # a prepared directory is taken as it is
 
 
+def test_validation_comes_from_train_where_there_is_none(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.csv").write_text("\n".join(["text,label", *(f"t{i},{i % 2}" for i in range(28)), "T0.,0"]))
+    (folder / "test.csv").write_text("text,label\nt0,1\n")
+    record = prepare_task(str(folder), tmp_path / "data").record
+    assert {name: split["rows"] for name, split in record["splits"].items()} == {"train": 24, "validation": 4, "test": 1}
+    assert list(record["splits"]) == ["train", "validation", "test"]
+    assert record["notes"][:2] == ["1 rows that repeat an earlier text dropped, 0 of them with another label",
+                                   "validation: 4 rows held out of train, every class alike"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

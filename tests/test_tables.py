@@ -77,6 +77,10 @@ def test_jsonl_and_parquet(tmp_path):
     columns = {"text": [text for text, _ in ROWS], "label": pyarrow.array([label for _, label in ROWS]).dictionary_encode()}
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet")[0]["train"] == ROWS
+    columns = {"text": [text.encode() for text, _ in ROWS], "label": pyarrow.array([True, False, None, True, False])}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    assert [label for _, label in read(tmp_path / "b.parquet")[0]["train"]] == ["True", "False", "True", "False"]
+    assert read(tmp_path / "b.parquet")[0]["train"][2][0] == "naïve 好"
 
 
 def test_dates_and_numbers_in_jsonl_stay_text(tmp_path):
@@ -135,7 +139,7 @@ def test_a_missing_or_ambiguous_column_names_the_columns(tmp_path, header, asked
 
 
 def test_columns_are_guessed_in_train_and_the_same_elsewhere(tmp_path):
-    write(tmp_path / "train.csv", "Class,Sentence\n1,good\n0,bad\n")
+    write(tmp_path / "train.csv", "Class, Sentence\n1,good\n0,bad\n")
     write(tmp_path / "dev.csv", "Class,text,Sentence\n1,no,fine\n")
     write(tmp_path / "test.csv", "Sentence,id\nunlabelled,1\n")
     splits, notes = read(tmp_path)
