@@ -29,58 +29,11 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from common.assets import prepare_task, resolve_model
+from common import assets, checkpoint, data, distill, eval_utils, importance, pruning, runs, train_utils
 from common.blocks import blocks_of, family_of, group_costs, group_counts, total_cost
-from common.checkpoint import (
-    drop,
-    is_classifier_of,
-    load_checkpoint,
-    load_classifier,
-    outline,
-    restore_rng,
-    save_checkpoint,
-    save_model,
-)
-from common.data import bucketed, check_length, in_order, inputs_of, load_classification, loader, padding_share
-from common.distill import cached_logits, kd_loss
-from common.eval_utils import classification_metrics, comparison, measure_classifiers, predict
-from common.importance import RECORDED, GateRecorder, combine, l2_scores, parse_importance, random_scores, split_groups
-from common.pruning import (
-    gram_matrices,
-    keep_all,
-    largest_removal,
-    refit_,
-    scheduled_sparsity,
-    select,
-    shrink_,
-    sparsity_of,
-    zero_groups_,
-)
-from common.runs import (
-    Interrupted,
-    Parser,
-    Run,
-    UserError,
-    fingerprint,
-    resolve_device,
-    run_script,
-    seed_everything,
-    stop_requests,
-    table,
-)
-from common.train_utils import (
-    PRECISIONS,
-    EarlyStopping,
-    adamw,
-    autocast,
-    grad_scaler,
-    linear_schedule,
-    resolve_precision,
-    set_learning_rate,
-    training_memory,
-)
+from common.checkpoint import load_classifier, outline
+from common.runs import Run, UserError, table
 
 # The guide's fast mode gives up scoring by the distillation loss, and heads and neurons together, because they cost it 2x
 # and 5x of a step. Here they are almost free (benchmarks/pruning_overhead.py) and buy accuracy
@@ -96,7 +49,7 @@ PRESETS = [
     ("gradient_window", 50, 20, "latest steps whose scores a pruning averages", (1, 10**6)),
     ("importance", "l2+kd_gradient", "kd_gradient", "l2, taylor, fisher, kd_gradient, activation, random; joined by +"),
     ("granularity", "multi", "multi", "groups that may go", ("multi", "heads", "neurons")),
-    ("precision", "32", "auto", "auto: fp16 on CUDA, bf16 on CPUs that have it, else 32", PRECISIONS),
+    ("precision", "32", "auto", "auto: fp16 on CUDA, bf16 on CPUs that have it, else 32", train_utils.PRECISIONS),
     ("patience", 5, 2, "epochs of recovery without improvement before stopping", (1, 10**6)),
     ("min_delta", 0.0005, 0.002, "gain in accuracy that counts as an improvement", (0, 1)),
     ("target_sparsity", 0.20, 0.20, "share of the attention and FFN budget to remove", (0, 0.95)),
@@ -112,334 +65,315 @@ PRESETS = [
     ("weight_decay", 0.01, 0.01, "of AdamW, on matrices", (0, 10)),
     ("warmup", 0.1, 0.1, "share of the steps in which the learning rate rises", (0, 1)),
     ("distill_weight", 1.0, 1.0, "of distillation, the rest cross-entropy", (0, 1)),
+    ("feature_weight", 1.0, 1.0, "of matching the teacher's classification token", (0, 1000)),
     ("temperature", 2.0, 2.0, "of distillation", (0.01, 1000)),
     ("n_selection", 2000, 2000, "training examples held out for selection, at most a tenth", (1, 10**9)),
 ]
-WEIGHT_SCORERS = {"l2": l2_scores, "random": random_scores}  # name -> function(blocks, generator) -> Scores
+WEIGHT_SCORERS = {"l2": importance.l2_scores, "random": importance.random_scores}  # name -> function(blocks, generator)
+SCORERS = (*WEIGHT_SCORERS, *importance.RECORDED)
 
 
 class Pruner:
-    """Removes groups from a model in training: scores every step of a window, prunes at its end, up to the target.
+    """Removes groups from a model in training: scores the steps of a window, prunes at its end, up to the target.
 
-    `keep` is what is left so far; scores are kept for each of the last `gradient_window` recorded steps.
+    `keep` is what is left so far; the scores of the last `gradient_window` recorded steps are kept.
     """
 
     def __init__(self, model, args, steps: int, calibration: list[dict]):
         self.model, self.args, self.steps, self.calibration = model, args, steps, calibration
-        self.blocks = blocks_of(model)
+        self.blocks, self.cut = blocks_of(model), False
         self.costs = group_costs(self.blocks, args.budget, args.max_length)
         self.total = total_cost(self.blocks, args.budget, args.max_length)
-        self.keep = keep_all(self.blocks)
-        recorded = tuple(name for name in args.importance_names if name in RECORDED)
-        self.recorder = GateRecorder(model, self.blocks, recorded)
+        self.keep = pruning.keep_all(self.blocks)
+        self.recorder = importance.GateRecorder(model, self.blocks, [n for n in args.scorers if n in importance.RECORDED])
         n_groups = sum(sum(counts) for counts in group_counts(self.blocks).values())
-        self.window = torch.zeros(args.gradient_window, len(recorded), n_groups, device=model.device)
-        self.n_recorded = 0
-        self.generator = torch.Generator().manual_seed(args.seed)
+        self.window = torch.zeros(args.gradient_window, len(self.recorder.wanted), n_groups, device=model.device)
+        self.n_recorded, self.generator = 0, torch.Generator().manual_seed(args.seed)
 
-    def prunes_at(self, step: int) -> bool:
-        return step % self.args.prune_every == 0 or step == self.steps
+    @property
+    def sparsity(self) -> float:
+        return pruning.sparsity_of(self.keep, self.costs, self.total)
 
     def records(self, step: int) -> bool:
         """Whether `step` (from 1) is one of the last `gradient_window` steps before a pruning."""
         ahead = min(-step % self.args.prune_every, self.steps - step)
-        return bool(self.recorder.wanted) and ahead < self.args.gradient_window
+        return bool(self.recorder.wanted) and not self.cut and ahead < self.args.gradient_window
 
-    def note(self) -> None:
+    def record(self, logits, teacher_logits, loss, scaler=None) -> None:
+        """The backward of a recorded step, and its scores into the window."""
+        if "kd_gradient" in self.recorder.wanted:
+            self.recorder.curvature(logits, teacher_logits, self.args.temperature, self.generator)
+        self.recorder.loss_scale = scaler.scale(torch.ones((), device=loss.device)) if scaler else 1.0
+        (scaler.scale(loss) if scaler else loss).backward()
         self.window[self.n_recorded % len(self.window)] = self.recorder.statistics()
         self.n_recorded += 1
 
     def scores(self):
-        """One number a group: the chosen scorers, each averaged over the window, joined."""
-        recorded = self.window[: self.n_recorded].nan_to_num(0, 0, 0).mean(0)  # (scorers, groups); fp16 steps can overflow
-        parts = [split_groups(part, self.blocks) for part in recorded]
-        parts += [WEIGHT_SCORERS[n](self.blocks, self.generator) for n in self.args.importance_names if n in WEIGHT_SCORERS]
-        return combine(parts)
+        """One number a group: each scorer averaged over the window, then joined."""
+        recorded = self.window[: self.n_recorded].nan_to_num(0, 0, 0).mean(0)  # (scorers, groups); fp16 can overflow
+        parts = [importance.split_groups(part, self.blocks) for part in recorded]
+        parts += [WEIGHT_SCORERS[name](self.blocks, self.generator) for name in self.args.scorers if name in WEIGHT_SCORERS]
+        return importance.combine(parts)
 
     def prune_(self, sparsity: float, optimizer=None) -> None:
         """Select under the budget, refit the output projections to do without what goes, and set that to zero."""
-        a = self.args
-        keep = select(self.scores(), self.costs, sparsity * self.total, self.keep, a.allocation, a.granularity, a.floor)
-        if a.refit and any(not torch.equal(new, old) for kind in keep
-                           for new, old in zip(keep[kind], self.keep[kind], strict=True)):  # fmt: skip
-            with gram_matrices(self.model, self.blocks) as grams, torch.no_grad():
+        a, before = self.args, self.sparsity
+        self.keep = pruning.select(self.scores(), self.costs, sparsity * self.total, self.keep, a.allocation, a.granularity,
+                                   a.floor)  # fmt: skip
+        if a.refit and self.sparsity > before:
+            with pruning.gram_matrices(self.model, self.blocks) as grams, torch.no_grad():
                 for batch in self.calibration:
-                    self.model(**inputs_of(batch))
-            refit_(self.blocks, grams, keep)
-        zero_groups_(self.blocks, keep, optimizer)
-        self.keep = keep
+                    with train_utils.autocast(self.model.device, a.precision):
+                        self.model(**data.inputs_of(batch))
+            pruning.refit_(self.blocks, grams, self.keep)
+        pruning.zero_groups_(self.blocks, self.keep, optimizer)
+
+    def step_(self, step: int, optimizer) -> bool:
+        """After the optimizer's step: prune if it is time, and cut the model at the end of the phase. Whether it pruned."""
+        if self.cut or (step % self.args.prune_every and step != self.steps):
+            return False
+        self.prune_(pruning.scheduled_sparsity(self.args.target_sparsity, step / self.steps, self.args.schedule), optimizer)
+        if step == self.steps:
+            self.cut_(optimizer)
+        return True
+
+    def cut_(self, optimizer=None) -> None:
+        pruning.shrink_(self.model, self.keep, optimizer)
+        self.cut = True
 
     def state_dict(self) -> dict:
-        return {"keep": self.keep, "window": self.window, "n_recorded": self.n_recorded,
-                "generator": self.generator.get_state()}  # fmt: skip
+        return {"keep": self.keep, "window": self.window, "n": self.n_recorded, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.keep = {kind: [mask.to(self.model.device) for mask in masks] for kind, masks in state["keep"].items()}
-        self.window, self.n_recorded = state["window"].to(self.model.device), state["n_recorded"]
+        self.keep, self.window, self.n_recorded = state["keep"], state["window"], state["n"]
         self.generator.set_state(state["generator"])
 
 
-def objective(logits, batch, teacher, args):
-    """Cross-entropy without a teacher, else its mixture with distillation from the teacher's cached logits; fp32."""
-    if teacher is None or args.distill_weight == 0:
-        return functional.cross_entropy(logits.float(), batch["labels"])
-    distilled = kd_loss(logits, teacher[batch["index"]], args.temperature)
-    if args.distill_weight == 1:
-        return distilled
-    supervised = functional.cross_entropy(logits.float(), batch["labels"])
-    return args.distill_weight * distilled + (1 - args.distill_weight) * supervised
-
-
-def fit(model, tokenizer, data, args, run, n_epochs, learning_rate, teacher=None, pruner=None) -> None:
+def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=None, pruner=None) -> None:
     """The training loop, of the dense baseline (no pruner) and of the pruned model. The best epoch is kept in best/.
 
     Continues from the run's checkpoint. Only epochs after the cut count for best/ and for early stopping.
     """
-    device, train = model.device, data.train
-    per_epoch = len(bucketed(train.lengths, args.batch_size, np.random.default_rng(0)))
-    total, step, finished = n_epochs * per_epoch, 0, False
-    optimizer = adamw(model, learning_rate, args.weight_decay)
-    scaler, stopping = grad_scaler(device, args.precision), EarlyStopping(args.patience, args.min_delta)
-    state, warning = load_checkpoint(run.checkpoint_dir)
-    if warning:
-        print(f"warning: {warning}")
+    device, train = model.device, split.train
+    per_epoch = data.n_batches(train, args.batch_size)
+    step, total, finished = 0, n_epochs * per_epoch, False
+    optimizer = train_utils.adamw(model, learning_rate, args.weight_decay)
+    scaler = train_utils.grad_scaler(device, args.precision)
+    stopping = train_utils.EarlyStopping(args.patience, args.min_delta)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "stopping": stopping}
+    if pruner:
+        parts["pruner"] = pruner
+    state, warning = checkpoint.load_checkpoint(run.checkpoint_dir)
     if state:
-        if pruner:
-            pruner.load_state_dict(state["pruner"])
-            if state["cut"]:
-                shrink_(model, pruner.keep)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        stopping.load_state_dict(state["stopping"])
+        if state["cut"] and pruner:
+            pruner.keep = state["parts"]["pruner"]["keep"]
+            pruner.cut_(optimizer)
+        checkpoint.restore_(state, parts)
         step, finished = state["step"], state["finished"]
         run.rewind(step)
-        print(f"resumed at step {step:,} of {total:,}")
-    cut = state["cut"] if state else pruner is None
+        print(f"{f'warning: {warning}; ' if warning else ''}resumed at step {step:,} of {total:,}")
     forward = torch.compile(model, dynamic=True) if args.compile else model
+    hidden = teacher is not None and args.feature_weight > 0
 
-    def save():
-        save_checkpoint(run.checkpoint_dir, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "stopping": stopping.state_dict(), "pruner": pruner.state_dict() if pruner else None, "cut": cut,
-            "step": step, "finished": finished})  # fmt: skip
+    def save(losses):
+        """A checkpoint, unless the loss is not a number; then stop, if that was asked for."""
+        if not np.isfinite(mean := float(torch.stack(losses).mean())):
+            raise UserError(f"the loss became {mean} before step {step:,}. The last checkpoint in {run.dir} is intact; "
+                            "start anew with a lower --learning_rate or --precision 32")  # fmt: skip
+        checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished, cut=not pruner or pruner.cut)
+        if stop_requested():
+            raise runs.Interrupted(f"The same command goes on from step {step:,} of {total:,} ({run.dir})")
 
-    if state:
-        restore_rng(state)
-    with stop_requests() as stop_requested:
+    with runs.stop_requests() as stop_requested:
         while step < total and not finished:
             epoch, done = divmod(step, per_epoch)
-            phase = "dense" if pruner is None else "recovery" if cut else "pruning"
-            batches = bucketed(train.lengths, args.batch_size, np.random.default_rng([args.seed, epoch]))[done:]
+            phase = "dense" if pruner is None else "recovery" if pruner.cut else "pruning"
+            batches = data.bucketed(train.lengths, args.batch_size, np.random.default_rng([args.seed, epoch]))[done:]
             losses, start = [], time.perf_counter()
             model.train()
-            bar = tqdm(loader(train, batches, device), total=per_epoch, initial=done, desc=f"{phase} {epoch + 1}/{n_epochs}",
-                       leave=False, mininterval=1)  # fmt: skip
-            for batch in bar:
+            for batch in tqdm(data.loader(train, batches, device), desc=f"{phase} {epoch + 1}/{n_epochs}", total=per_epoch,
+                              initial=done, leave=False, mininterval=1):  # fmt: skip
                 step += 1
-                recording = pruner is not None and not cut and pruner.records(step)
+                recording = pruner is not None and pruner.records(step)
                 with pruner.recorder.recording() if recording else nullcontext():
-                    with autocast(device, args.precision):
-                        logits = (model if recording else forward)(**inputs_of(batch)).logits
-                    loss = objective(logits, batch, teacher, args)
-                    if recording and "kd_gradient" in pruner.recorder.wanted:
-                        pruner.recorder.curvature(logits, teacher[batch["index"]], args.temperature, pruner.generator)
+                    with train_utils.autocast(device, args.precision):
+                        output = (model if recording else forward)(**data.inputs_of(batch), output_hidden_states=hidden)
+                    loss = objective(output, batch, teacher, args)
                     if recording:
-                        pruner.recorder.loss_scale = scaler.scale(torch.ones((), device=device))
-                    scaler.scale(loss).backward()
-                    if recording:
-                        pruner.note()
+                        pruner.record(output.logits, teacher.logits[batch["index"]], loss, scaler)
+                    else:
+                        scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                set_learning_rate(optimizer, learning_rate * linear_schedule(step - 1, total, args.warmup))
+                factor = train_utils.linear_schedule(step - 1, total, args.warmup)
+                train_utils.set_learning_rate(optimizer, learning_rate * factor)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.detach())
-                if not cut and pruner.prunes_at(step):
-                    check_finite(losses, step, run)
-                    pruner.prune_(scheduled_sparsity(args.target_sparsity, step / pruner.steps, args.schedule), optimizer)
-                    sparsity = sparsity_of(pruner.keep, pruner.blocks, args.budget, args.max_length)
-                    run.log(step, phase, sparsity=sparsity)
-                    bar.set_postfix(sparsity=f"{sparsity:.3f}")
-                    if step == pruner.steps:
-                        shrink_(model, pruner.keep, optimizer)
-                        cut = True
+                if pruner and pruner.step_(step, optimizer):
+                    run.log(step, phase, sparsity=pruner.sparsity)
                 if step % per_epoch and (step % args.save_every == 0 or stop_requested()):
-                    check_finite(losses, step, run)
-                    save()
-                    if stop_requested():
-                        break
-            if step % per_epoch:  # stopped inside the epoch
-                raise Interrupted(f"The same command goes on from step {step:,} of {total:,} ({run.dir})")
-            mean_loss = check_finite(losses, step, run)
-            rate = sum(len(b) for b in batches) / (time.perf_counter() - start)
-            logits = predict(model, data.selection, device, args.precision)
-            accuracy = classification_metrics(logits, data.selection.labels)["accuracy"]
+                    save(losses)
+            rate = sum(map(len, batches)) / (time.perf_counter() - start)
+            logits = eval_utils.predict(model, split.selection, device, args.precision)
+            accuracy = eval_utils.classification_metrics(logits, split.selection.labels)["accuracy"]
+            mean_loss = float(torch.stack(losses).mean())
             run.log(step, phase, loss=mean_loss, selection_accuracy=accuracy, examples_per_second=rate)
-            if cut and stopping.update(accuracy):
-                save_model(run.dir / "best", model, tokenizer)
-            finished = cut and stopping.stop
-            sparsity = sparsity_of(pruner.keep, pruner.blocks, args.budget, args.max_length) if pruner and not cut else None
+            if pruner is None or pruner.cut:
+                if stopping.update(accuracy):
+                    checkpoint.save_model(run.dir / "best", model, tokenizer)
+                finished = stopping.stop
             print(f"epoch {epoch + 1}/{n_epochs}  {phase:8s}  loss {mean_loss:.4f}  selection accuracy {accuracy:.4f}  "
-                  f"{'' if sparsity is None else f'sparsity {sparsity:.3f}  '}{rate:,.0f} examples/s"
-                  f"{'  (early stop)' if finished and step < total else ''}")  # fmt: skip
-            save()
-            if stop_requested():
-                raise Interrupted(f"The same command goes on from step {step:,} of {total:,} ({run.dir})")
+                  f"{f'sparsity {pruner.sparsity:.3f}  ' if pruner else ''}{rate:,.0f} examples/s"
+                  f"{'  early stop' if finished and step < total else ''}", flush=True)  # fmt: skip
+            save(losses)
 
 
-def check_finite(losses: list[torch.Tensor], step: int, run) -> float:
-    """The mean of the losses since the last look. UserError when it is not a number: nothing is saved past this point."""
-    mean = float(torch.stack(losses).mean()) if losses else 0.0
-    if not np.isfinite(mean):
-        raise UserError(f"the loss became {mean} before step {step:,}. The last checkpoint in {run.dir} is intact; try a lower "
-                        "--learning_rate or --precision 32")  # fmt: skip
-    return mean
+def objective(output, batch, teacher, args):
+    """Cross-entropy without a teacher, else its mixture with distillation from the teacher's cached outputs; in fp32."""
+    if teacher is None:
+        return functional.cross_entropy(output.logits.float(), batch["labels"])
+    loss = args.distill_weight * distill.kd_loss(output.logits, teacher.logits[batch["index"]], args.temperature)
+    if args.distill_weight < 1:
+        loss = loss + (1 - args.distill_weight) * functional.cross_entropy(output.logits.float(), batch["labels"])
+    if args.feature_weight:
+        features = output.hidden_states[-1][:, 0]
+        loss = loss + args.feature_weight * distill.feature_loss(features, teacher.features[batch["index"]], teacher.scale)
+    return loss
 
 
-def prune_once_(pruner, data, args, teacher) -> None:
-    """`--num_epochs 0`: score on a window of batches, prune a part, score what is left again, and so on, in four rounds."""
-    model, rounds = pruner.model, 4
+def prune_once_(pruner, split, args, teacher, rounds: int = 4) -> None:
+    """`--num_epochs 0`: score on a window of batches, prune a part, score what is left again; a few rounds, then cut."""
+    model = pruner.model.eval()
     embeddings = model.get_input_embeddings().weight
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is embeddings)  # gates need the backward, weights do not
-    model.eval()
-    batches = in_order(data.train.lengths[: args.gradient_window * args.batch_size], args.batch_size)
+    batches = data.in_order(split.train.lengths[: args.gradient_window * args.batch_size], args.batch_size)
     for i in range(rounds):
-        for batch in loader(data.train, batches, model.device):
-            with pruner.recorder.recording(), autocast(model.device, args.precision):
-                logits = model(**inputs_of(batch)).logits
-                if "kd_gradient" in pruner.recorder.wanted:
-                    pruner.recorder.curvature(logits, teacher[batch["index"]], args.temperature, pruner.generator)
-                functional.cross_entropy(logits.float(), batch["labels"]).backward()
-                pruner.note()
+        for batch in data.loader(split.train, batches, model.device):
+            with pruner.recorder.recording():
+                with train_utils.autocast(model.device, args.precision):
+                    logits = model(**data.inputs_of(batch)).logits
+                pruner.record(logits, teacher.logits[batch["index"]], functional.cross_entropy(logits.float(), batch["labels"]))
             embeddings.grad = None
         pruner.prune_(args.target_sparsity * (i + 1) / rounds)
-        print(f"round {i + 1}/{rounds}  sparsity {sparsity_of(pruner.keep, pruner.blocks, args.budget, args.max_length):.3f}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+        print(f"round {i + 1}/{rounds}  sparsity {pruner.sparsity:.3f}", flush=True)
+    pruner.cut_()
 
 
-def dense_classifier(args, base, tokenizer, data, device) -> Path:
+def dense_classifier(args, base, tokenizer, split, device) -> Path:
     """The dense model: the given one if it is a classifier of the task, else a baseline, fine-tuned once and kept."""
-    if is_classifier_of(AutoConfig.from_pretrained(base.path), data.label_names):
+    if checkpoint.is_classifier_of(AutoConfig.from_pretrained(base.path), split.label_names):
         return base.path
-    used = ("seed", "train_fraction", "validation_fraction", "n_selection", "max_length", "batch_size", "precision", "patience",
-            "min_delta", "dense_epochs", "dense_learning_rate", "dropout", "weight_decay", "warmup", "assets")  # fmt: skip
+    used = ("assets", "seed", "train_fraction", "validation_fraction", "n_selection", "max_length", "batch_size", "precision",
+            "patience", "min_delta", "dense_epochs", "dense_learning_rate", "dropout", "weight_decay", "warmup",
+            "device")  # fmt: skip
     with Run(args.out_dir, "dense", {name: getattr(args, name) for name in used}, wait=True) as run:
-        print(f"dense baseline: {run.dir}{' (made before)' if run.finished else ''}")
+        print(f"dense baseline: {run.dir}{' (made before)' if run.finished else ''}", flush=True)
         if not run.finished:
-            seed_everything(args.seed)
-            model = load_classifier(base.path, data.label_names, args.dropout).to(device)
+            runs.seed_everything(args.seed)
+            model = load_classifier(base.path, split.label_names, args.dropout).to(device)
             with run.timed("training"):
-                fit(model, tokenizer, data, args, run, args.dense_epochs, args.dense_learning_rate)
-            save_model(run.model_dir, load_classifier(run.dir / "best"), tokenizer)
-            drop(run.checkpoint_dir, run.dir / "best")
+                fit(model, tokenizer, split, args, run, args.dense_epochs, args.dense_learning_rate)
+            checkpoint.save_model(run.model_dir, load_classifier(run.dir / "best"), tokenizer)
+            checkpoint.drop(run.checkpoint_dir, run.dir / "best")
     return run.model_dir
 
 
-def print_plan(args, base, task, data, pruner_steps, model) -> None:
-    """What is about to happen: sources, data, steps, memory, schedule."""
-    blocks, train = blocks_of(model), data.train
-    per_epoch = 2 * pruner_steps // max(1, args.num_epochs)
-    counts = {kind: sum(n) for kind, n in group_counts(blocks).items()}
-    batches = bucketed(train.lengths, args.batch_size, np.random.default_rng(0))
-    memory = training_memory(model, args.batch_size, int(train.lengths.max()), args.precision)
-    prunings = [*range(args.prune_every, pruner_steps, args.prune_every), pruner_steps]
-    shown = [scheduled_sparsity(args.target_sparsity, step / pruner_steps, args.schedule) for step in prunings]
-    print(table([["plan", ""],
-        ["model", f"{base.record['name']} ({base.record['source']}), {len(blocks)} layers"],
-        ["task", f"{task.record['name']} ({task.record['source']}), labels {', '.join(data.label_names)}"],
-        ["examples", f"{len(train):,} to train, {len(data.selection):,} to select, {len(data.validation):,} to judge"],
-        ["tokens", f"{train.lengths.mean():.1f} an example, {train.n_truncated} examples cut at {args.max_length}, "
-                   f"{padding_share(train.lengths, batches):.1%} padding"],
-        ["groups", f"{counts['heads']:,} heads, {counts['neurons']:,} neurons ({args.granularity})"],
-        ["score", f"{args.importance}, {args.allocation} budget in {args.budget}"],
-        ["steps", f"{per_epoch:,} an epoch, {args.num_epochs} epochs, batch {args.batch_size}, precision {args.precision}"],
-        ["sparsity", f"{args.schedule} in {len(prunings)} prunings: "
-                     f"{', '.join(f'{x:.3f}' for x in shown[:3])} ... {shown[-1]:.3f}" if args.num_epochs else "at once"],
-        ["memory", f"about {memory / 2**20:,.0f} MiB at the longest batch"],
-    ]))  # fmt: skip
+def print_plan(args, base, task, split, steps: int, model) -> None:
+    """What is about to happen: sources, data, steps, schedule, memory."""
+    counts = {kind: sum(n) for kind, n in group_counts(blocks_of(model)).items()}
+    batches = data.bucketed(split.train.lengths, args.batch_size, np.random.default_rng(0))
+    padding = data.padding_share(split.train.lengths, batches)
+    memory = train_utils.training_memory(model, args.batch_size, int(split.train.lengths.max()), args.precision)
+    prunings = [*range(args.prune_every, steps, args.prune_every), steps] if args.num_epochs else [steps]
+    rise = [pruning.scheduled_sparsity(args.target_sparsity, step / steps, args.schedule) for step in prunings]
+    print(f"""model     {base.record["name"]} ({base.record["source"]}), {counts["heads"]} heads, {counts["neurons"]:,} neurons
+task      {task.record["name"]} ({task.record["source"]}): {", ".join(split.label_names)}
+examples  {len(split.train):,} to train on, {len(split.selection):,} to select on, {len(split.validation):,} to be judged on
+tokens    {split.train.lengths.mean():.1f} an example, {split.train.n_truncated} cut at {args.max_length}; padding {padding:.1%}
+steps     {args.num_epochs} epochs of {len(batches):,}, batch {args.batch_size}, {args.precision}, {args.device}
+pruning   {args.importance}, {args.granularity}, {args.allocation}, in {args.budget}
+sparsity  {args.schedule}, {len(rise):,} prunings: {" ".join(f"{x:.3f}" for x in rise[:5])}{" ..." * (len(rise) > 5)}
+memory    about {memory / 2**20:,.0f} MiB for a step on the longest batch
+""", flush=True)
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__, PRESETS, shared=("model", "task", "source", "local_dir", "text_column", "label_column", "data_dir",
-                    "out_dir", "run_name", "resume", "save_every", "seed", "device", "compile", "tensorboard", "dry_run"))  # fmt: skip
+    parser = runs.Parser(__doc__, PRESETS, shared=(
+        "model", "task", "source", "local_dir", "text_column", "label_column", "data_dir", "out_dir", "run_name", "resume",
+        "save_every", "seed", "device", "compile", "tensorboard", "dry_run"))  # fmt: skip
     args = parser.parse_args(argv)
-    args.importance_names = parse_importance(args.importance, (*WEIGHT_SCORERS, *RECORDED))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    device = resolve_device(args.device)
-    args.precision = resolve_precision(args.precision, device)
+    args.scorers = importance.parse_importance(args.importance, SCORERS)
+    runs.quiet_transformers()
+    device = runs.resolve_device(args.device)
+    args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
 
     # Everything that can be refused is refused before a model is loaded
-    base = resolve_model(args.model, args.data_dir, args.source)
-    task = prepare_task(args.task, args.data_dir, args.source, args.local_dir, args.text_column, args.label_column)
-    args.assets = {"model": base.record, "task": task.record}
+    base = assets.resolve_model(args.model, args.data_dir, args.source)
+    task = assets.prepare_task(args.task, args.data_dir, args.source, args.local_dir, args.text_column, args.label_column)
+    args.assets = [{key: asset.record[key] for key in ("name", "source", "sha256")} for asset in (base, task)]
     config = AutoConfig.from_pretrained(base.path)
     family_of(config)
-    check_length(config, args.max_length)
-    largest = largest_removal(blocks_of(outline(base.path)), args.granularity, args.floor, args.budget, args.max_length)
-    if args.target_sparsity > largest:
-        raise UserError(f"--target_sparsity {args.target_sparsity}: --granularity {args.granularity} with --floor {args.floor} "
-                        f"allows {largest:.3f} at most here. Ask for less, or lower the floor")  # fmt: skip
+    data.check_length(config, args.max_length)
+    shape = outline(base.path)
+    most = pruning.largest_removal(blocks_of(shape), args.granularity, args.floor, args.budget, args.max_length)
+    if args.target_sparsity > most:
+        raise UserError(f"--target_sparsity {args.target_sparsity}: --granularity {args.granularity} with --floor "
+                        f"{args.floor} allows {most:.3f} at most here. Ask for less, or lower the floor")  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base.path)
-    data = load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.train_fraction,
-                               args.validation_fraction, args.seed)  # fmt: skip
-    per_epoch = len(bucketed(data.train.lengths, args.batch_size, np.random.default_rng(0)))
-    pruning_steps = max(1, args.num_epochs * per_epoch // 2)
-    print_plan(args, base, task, data, pruning_steps, outline(base.path))
+    split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.train_fraction,
+                                     args.validation_fraction, args.seed)  # fmt: skip
+    steps = max(1, args.num_epochs * data.n_batches(split.train, args.batch_size) // 2)  # of the pruning phase
+    print_plan(args, base, task, split, steps, shape)
     if args.dry_run:
         return
 
-    # The dense model: the accuracy to hold, and the teacher
-    dense_dir = dense_classifier(args, base, tokenizer, data, device)
-    hidden = ("out_dir", "data_dir", "run_name", "resume", "save_every", "tensorboard", "dry_run", "source", "local_dir")
-    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    dense_dir = dense_classifier(args, base, tokenizer, split, device)  # the accuracy to hold, and the teacher
+    elsewhere = ("out_dir", "data_dir", "run_name", "resume", "save_every", "tensorboard", "source", "local_dir", "model",
+                 "task")  # fmt: skip
+    settings = {name: value for name, value in vars(args).items() if name not in elsewhere}
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
-        print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}")
+        print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
-            seed_everything(args.seed)
-            model = load_classifier(dense_dir, data.label_names, args.dropout).to(device)
+            runs.seed_everything(args.seed)
+            model = load_classifier(dense_dir, split.label_names, args.dropout).to(device)
             with run.timed("teacher"):
-                teacher = cached_logits(run.dir / "teacher_logits.safetensors", fingerprint(settings),
-                                        lambda: predict(model, data.train, device, args.precision)).to(device)  # fmt: skip
+                teacher = distill.Teacher.cached(
+                    run.dir / "teacher.safetensors", runs.fingerprint(settings),
+                    lambda: eval_utils.predict(model, split.train, device, args.precision, features=True), device)  # fmt: skip
 
-            # Prune, cut, recover
-            sample = data.train.subset(np.arange(min(1024, len(data.train))))
-            calibration = list(loader(sample, in_order(sample.lengths, 64), device))
-            pruner = Pruner(model, args, pruning_steps, calibration)
+            sample = split.train.subset(np.arange(min(512, len(split.train))))
+            pruner = Pruner(model, args, steps, list(data.loader(sample, data.in_order(sample.lengths, 64), device)))
             with run.timed("pruning and recovery"):
                 if args.num_epochs:
-                    fit(model, tokenizer, data, args, run, args.num_epochs, args.learning_rate, teacher, pruner)
+                    fit(model, tokenizer, split, args, run, args.num_epochs, args.learning_rate, teacher, pruner)
                     model = load_classifier(run.dir / "best").to(device)
                 else:
-                    prune_once_(pruner, data, args, teacher)
-                    shrink_(model, pruner.keep)
+                    prune_once_(pruner, split, args, teacher)
 
-            # Save, then measure what was saved
-            asked = {"sparsity": args.target_sparsity, "importance": args.importance, "budget": args.budget}
-            shapes = [block.shape for block in blocks_of(model)]
-            before = predict(model, data.validation, device)
-            stage = {"script": Path(__file__).name, "asked": asked, "layers": shapes}
-            save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
-            with run.timed("measuring"):
-                measured = measure_classifiers({"dense": dense_dir, "pruned": run.model_dir}, data.validation, device)
-            dense_blocks, left = measured["dense"]["block_parameters"], measured["pruned"]["block_parameters"]
-            measured["pruned"] |= {"sparsity_asked": args.target_sparsity, "sparsity": 1 - left / dense_blocks}
-            after = predict(load_classifier(run.model_dir).to(device), data.validation, device)
-            run.record |= {"metrics": measured, "layers": shapes, "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))],
-                           "reload_difference": float((after - before).abs().max()), "dense_dir": str(dense_dir)}  # fmt: skip
-            drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher_logits.safetensors")
+            with run.timed("measuring"):  # what was saved, not what is in memory
+                layers = [block.shape for block in blocks_of(model)]
+                asked = {"sparsity": args.target_sparsity, "importance": args.importance, "budget": args.budget}
+                stage = {"script": Path(__file__).name, "asked": asked, "layers": layers}
+                checkpoint.save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
+                models = {"dense": dense_dir, "pruned": run.model_dir}
+                measured = eval_utils.measure_classifiers(models, split.validation, device)
+                before = eval_utils.predict(model, split.validation, device)
+                after = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
+            left = measured["pruned"]["block_parameters"] / measured["dense"]["block_parameters"]
+            measured["pruned"] |= {"sparsity_asked": args.target_sparsity, "sparsity": 1 - left}
+            run.record |= {"metrics": measured, "reload_difference": float((after - before).abs().max()), "layers": layers,
+                           "dense_layers": [block.shape for block in blocks_of(outline(dense_dir))]}  # fmt: skip
+            checkpoint.drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher.safetensors")
 
-    layers = zip(run.record["dense_layers"], run.record["layers"], strict=True)
-    print("\n" + table([["layer", "heads", "neurons"], *([i, f"{new['heads']}/{old['heads']}", f"{new['neurons']}/{old['neurons']}"]
-                                                         for i, (old, new) in enumerate(layers))]))  # fmt: skip
-    print("\n" + table(comparison(run.record["metrics"])))
+    rows = [[i, f"{new['heads']}/{old['heads']}", f"{new['neurons']}/{old['neurons']}"]
+            for i, (old, new) in enumerate(zip(run.record["dense_layers"], run.record["layers"], strict=True))]  # fmt: skip
+    print(table([["layer", "heads", "neurons"], *rows]), table(eval_utils.comparison(run.record["metrics"])), sep="\n\n")
     print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
-    print(f"\nmodel  {run.model_dir}\nrecord {run.dir / 'run.json'}\ncurves {run.dir / 'history.csv'}")
+    print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}\ncurves  {run.dir / 'history.csv'}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    runs.run_script(main)

@@ -20,13 +20,14 @@ from common.runs import UserError, read_json, write_atomic
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists, dicts) and all random states as `last.pt`; the one before stays.
+def save_checkpoint(directory: Path, parts: dict[str, Any], **state: Any) -> None:
+    """Write the `state_dict()` of each of `parts`, `state` (tensors, numbers, lists) and all random states as `last.pt`.
 
-    Written beside and renamed into place: a process killed at any moment leaves a whole `last.pt` or `previous.pt`.
+    The checkpoint before stays as `previous.pt`. Written beside and renamed into place: a process killed at any moment
+    leaves a whole file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    state = {**state, "rng": _rng_state()}
+    state |= {"parts": {name: part.state_dict() for name, part in parts.items()}, "rng": _rng_state()}
     beside, last = directory / ".next.pt", directory / "last.pt"
     try:
         with open(beside, "wb") as file:
@@ -45,7 +46,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The newest whole checkpoint and, if a damaged one had to be passed over, a warning. (None, None) where there is none.
 
-    Does not touch any random state: call `restore_rng` when everything is built. UserError when all are damaged.
+    Changes nothing: build what has to be built, then `restore_`. UserError when all are damaged.
     """
     damaged = []
     for name in ("last.pt", "previous.pt"):
@@ -82,8 +83,10 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Set every random state to what `save_checkpoint` found."""
+def restore_(state: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Load every part of a checkpoint, and set every random state to what `save_checkpoint` found."""
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
     rng = state["rng"]
     version, internal, gauss = json.loads(rng["python"])
     random.setstate((version, tuple(internal), gauss))

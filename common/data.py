@@ -82,6 +82,11 @@ def bucketed(lengths: np.ndarray, batch_size: int, rng: np.random.Generator, poo
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def n_batches(split: Split, batch_size: int) -> int:
+    """Batches in an epoch of `bucketed`."""
+    return len(bucketed(split.lengths, batch_size, np.random.default_rng(0)))
+
+
 def in_order(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Batches for evaluation: sorted by length, nothing random, nothing dropped."""
     order = np.argsort(lengths, kind="stable")

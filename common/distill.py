@@ -21,22 +21,44 @@ def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: flo
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def cached_logits(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Logits of a teacher on a training set, (n, C) fp32: read from `path` if it holds those of `key`, else computed, kept.
+def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the classification token's last hidden state, in units of the teacher's variance; fp32.
 
-    key: a fingerprint of teacher and data; a file of another key, or a damaged one, is replaced.
+    features, teacher_features: (B, H); scale: the teacher's variance over the training set (`Teacher.scale`). A teacher of
+    two classes says one number an example by its logits and H by these; Sun et al. 2019 (arXiv 1908.09355), eq. 8, match
+    the same token.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    return functional.mse_loss(features.float(), teacher_features.float()) / scale
 
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return file.get_tensor("logits")
-    except (OSError, SafetensorError):  # not there yet, or damaged: computed again below
-        pass
-    logits = compute()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"logits": logits.contiguous()}, beside, metadata={"key": key})
-    os.replace(beside, path)
-    return logits
+
+class Teacher:
+    """What a frozen teacher says of each training example, computed once: no forward of the teacher in a step.
+
+    logits: (n, C), features: (n, H), the last hidden state of the first token; both fp32, on the training device.
+    """
+
+    def __init__(self, logits: torch.Tensor, features: torch.Tensor, device: torch.device):
+        self.logits, self.features = logits.to(device), features.to(device)
+        self.scale = self.features.var(0).mean()
+
+    @classmethod
+    def cached(cls, path: Path, key: str, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]], device) -> Teacher:
+        """Read from `path` if it holds the outputs of `key`, else computed and kept there.
+
+        key: a fingerprint of teacher and data; a file of another key, or a damaged one, is replaced.
+        compute: returns logits and features.
+        """
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import save_file
+
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    return cls(file.get_tensor("logits"), file.get_tensor("features"), device)
+        except (OSError, SafetensorError):  # not there yet, or damaged: computed again below
+            pass
+        logits, features = compute()
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({"logits": logits.contiguous(), "features": features.contiguous()}, beside, metadata={"key": key})
+        os.replace(beside, path)
+        return cls(logits, features, device)

@@ -29,18 +29,23 @@ def evaluating(model):
         model.train(was_training)
 
 
-def predict(model, split: Split, device: torch.device, precision: str = "32", batch_size: int = 128) -> torch.Tensor:
-    """Logits of every example in the order of the split: (n, n_classes) fp32 on the CPU."""
-    logits, order = [], []
+def predict(model, split: Split, device: torch.device, precision: str = "32", batch_size: int = 128,
+            features: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Logits of every example in the order of the split: (n, n_classes) fp32 on the CPU.
+
+    With `features`, also the last hidden state of the first token: (n, hidden).
+    """
+    parts, order = [], []
     with evaluating(model):
         for batch in loader(split, in_order(split.lengths, batch_size), device):
             with autocast(device, precision):
-                output = model(**inputs_of(batch)).logits
-            logits.append(output.float())
+                output = model(**inputs_of(batch), output_hidden_states=features)
+            tensors = (output.logits, output.hidden_states[-1][:, 0]) if features else (output.logits,)
+            parts.append([tensor.float() for tensor in tensors])
             order.append(batch["index"])
-    result = torch.empty(len(split), logits[0].shape[1])
-    result[torch.cat(order).cpu()] = torch.cat(logits).cpu()
-    return result
+    back = torch.cat(order).cpu().argsort()
+    results = tuple(torch.cat(part).cpu()[back] for part in zip(*parts, strict=True))
+    return results if features else results[0]
 
 
 def classification_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
@@ -178,7 +183,7 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
         name: {
             **classification_metrics(predict(model, validation, device), validation.labels),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "block_parameters": sum(p.numel() for b in blocks_of(model) for linear in b.projections for p in linear.parameters()),
+            "block_parameters": sum(p.numel() for b in blocks_of(model) for part in b.projections for p in part.parameters()),
             "bytes": directory_bytes(model_dirs[name]),
             "macs_per_example": macs_per_example(model, length),
             "peak_memory": peak_memory(model_dirs[name], batch_size, length, device),

