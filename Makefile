@@ -1,0 +1,32 @@
+# make demo: a real pruned classifier, from nothing.   make test: the tests.   make lint: ruff.
+# Both work in the active virtual environment, or else make one in .venv and install the pinned requirements there.
+.PHONY: demo test lint environment results
+.DEFAULT_GOAL := demo
+
+ifdef VIRTUAL_ENV
+PYTHON := python
+else
+PYTHON := .venv/bin/python
+endif
+
+environment:
+ifndef VIRTUAL_ENV
+	@test -x .venv/bin/python || python3 -m venv .venv
+endif
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+
+demo: environment
+	$(PYTHON) 1_prepare_data.py
+	$(PYTHON) 8_pruning_with_finetuning.py --fast
+
+test: environment
+	$(PYTHON) -m pytest -n 2
+
+lint: environment
+	$(PYTHON) -m ruff check .
+
+# Everything that the README shows: hours on two cores.
+results: environment
+	$(PYTHON) benchmarks/pruning_overhead.py
+	$(PYTHON) benchmarks/pruning_frontier.py
+	$(PYTHON) benchmarks/update_readme.py
