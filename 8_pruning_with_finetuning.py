@@ -85,10 +85,9 @@ class Pruner:
         self.costs = group_costs(self.blocks, args.budget, args.max_length)
         self.total = total_cost(self.blocks, args.budget, args.max_length)
         self.keep = pruning.keep_all(self.blocks)
-        self.recorder = importance.GateRecorder(model, self.blocks, [n for n in args.scorers if n in importance.RECORDED])
-        n_groups = sum(sum(counts) for counts in group_counts(self.blocks).values())
-        self.window = torch.zeros(args.gradient_window, len(self.recorder.wanted), n_groups, device=model.device)
-        self.n_recorded, self.generator = 0, torch.Generator().manual_seed(args.seed)
+        recorded = tuple(name for name in args.scorers if name in importance.RECORDED)
+        self.recorder = importance.GateRecorder(model, self.blocks, recorded, args.gradient_window)
+        self.generator = torch.Generator().manual_seed(args.seed)
 
     @property
     def sparsity(self) -> float:
@@ -105,21 +104,18 @@ class Pruner:
             self.recorder.curvature(logits, teacher_logits, self.args.temperature, self.generator)
         self.recorder.loss_scale = scaler.scale(torch.ones((), device=loss.device)) if scaler else 1.0
         (scaler.scale(loss) if scaler else loss).backward()
-        self.window[self.n_recorded % len(self.window)] = self.recorder.statistics()
-        self.n_recorded += 1
+        self.recorder.keep_statistics()
 
     def scores(self):
         """One number a group: each scorer averaged over the window, then joined."""
-        recorded = self.window[: self.n_recorded].nan_to_num(0, 0, 0).mean(0)  # (scorers, groups); fp16 can overflow
-        parts = [importance.split_groups(part, self.blocks) for part in recorded]
+        parts = self.recorder.averages()
         parts += [WEIGHT_SCORERS[name](self.blocks, self.generator) for name in self.args.scorers if name in WEIGHT_SCORERS]
         return importance.combine(parts)
 
     def prune_(self, sparsity: float, optimizer=None) -> None:
         """Select under the budget, refit the output projections to do without what goes, and set that to zero."""
-        a, before = self.args, self.sparsity
-        self.keep = pruning.select(self.scores(), self.costs, sparsity * self.total, self.keep, a.allocation, a.granularity,
-                                   a.floor)  # fmt: skip
+        a, before, remove = self.args, self.sparsity, sparsity * self.total
+        self.keep = pruning.select(self.scores(), self.costs, remove, self.keep, a.allocation, a.granularity, a.floor)
         if a.refit and self.sparsity > before:
             with pruning.gram_matrices(self.model, self.blocks) as grams, torch.no_grad():
                 for batch in self.calibration:
@@ -142,10 +138,11 @@ class Pruner:
         self.cut = True
 
     def state_dict(self) -> dict:
-        return {"keep": self.keep, "window": self.window, "n": self.n_recorded, "generator": self.generator.get_state()}
+        return {"keep": self.keep, "recorder": self.recorder.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.keep, self.window, self.n_recorded = state["keep"], state["window"], state["n"]
+        self.keep = {kind: [mask.to(self.model.device) for mask in masks] for kind, masks in state["keep"].items()}
+        self.recorder.load_state_dict(state["recorder"])
         self.generator.set_state(state["generator"])
 
 
@@ -166,7 +163,7 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
     state, warning = checkpoint.load_checkpoint(run.checkpoint_dir)
     if state:
         if state["cut"] and pruner:
-            pruner.keep = state["parts"]["pruner"]["keep"]
+            pruner.load_state_dict(state["parts"]["pruner"])
             pruner.cut_(optimizer)
         checkpoint.restore_(state, parts)
         step, finished = state["step"], state["finished"]
@@ -301,10 +298,7 @@ memory    about {memory / 2**20:,.0f} MiB for a step on the longest batch
 
 
 def main(argv=None) -> None:
-    parser = runs.Parser(__doc__, PRESETS, shared=(
-        "model", "task", "source", "local_dir", "text_column", "label_column", "data_dir", "out_dir", "run_name", "resume",
-        "save_every", "seed", "device", "compile", "tensorboard", "dry_run"))  # fmt: skip
-    args = parser.parse_args(argv)
+    args = runs.Parser(__doc__, PRESETS, shared=tuple(runs.SHARED_FLAGS)).parse_args(argv)
     args.scorers = importance.parse_importance(args.importance, SCORERS)
     runs.quiet_transformers()
     device = runs.resolve_device(args.device)
@@ -331,9 +325,7 @@ def main(argv=None) -> None:
         return
 
     dense_dir = dense_classifier(args, base, tokenizer, split, device)  # the accuracy to hold, and the teacher
-    elsewhere = ("out_dir", "data_dir", "run_name", "resume", "save_every", "tensorboard", "source", "local_dir", "model",
-                 "task")  # fmt: skip
-    settings = {name: value for name, value in vars(args).items() if name not in elsewhere}
+    settings = {name: value for name, value in vars(args).items() if name not in runs.NO_RESULT}
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
@@ -358,19 +350,18 @@ def main(argv=None) -> None:
                 asked = {"sparsity": args.target_sparsity, "importance": args.importance, "budget": args.budget}
                 stage = {"script": Path(__file__).name, "asked": asked, "layers": layers}
                 checkpoint.save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
+                in_memory = eval_utils.predict(model, split.validation, device)
+                reloaded = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
                 models = {"dense": dense_dir, "pruned": run.model_dir}
                 measured = eval_utils.measure_classifiers(models, split.validation, device)
-                before = eval_utils.predict(model, split.validation, device)
-                after = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
             left = measured["pruned"]["block_parameters"] / measured["dense"]["block_parameters"]
             measured["pruned"] |= {"sparsity_asked": args.target_sparsity, "sparsity": 1 - left}
-            run.record |= {"metrics": measured, "reload_difference": float((after - before).abs().max()), "layers": layers,
-                           "dense_layers": [block.shape for block in blocks_of(outline(dense_dir))]}  # fmt: skip
+            run.record |= {"metrics": measured, "reload_difference": float((reloaded - in_memory).abs().max()),
+                           "layers": layers, "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip
             checkpoint.drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher.safetensors")
 
-    rows = [[i, f"{new['heads']}/{old['heads']}", f"{new['neurons']}/{old['neurons']}"]
-            for i, (old, new) in enumerate(zip(run.record["dense_layers"], run.record["layers"], strict=True))]  # fmt: skip
-    print(table([["layer", "heads", "neurons"], *rows]), table(eval_utils.comparison(run.record["metrics"])), sep="\n\n")
+    print("\n" + table(eval_utils.layers_left(run.record["dense_layers"], run.record["layers"])))
+    print("\n" + table(eval_utils.comparison(run.record["metrics"])))
     print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
     print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}\ncurves  {run.dir / 'history.csv'}")
 

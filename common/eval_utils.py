@@ -222,3 +222,10 @@ def comparison(measured: dict[str, dict[str, float]]) -> list[list[str]]:
             row += [text(measured[name][key]), f"{measured[name][key] / measured[first][key]:.2f}" if as_ratio else ""]
         rows.append(row)
     return rows
+
+
+def layers_left(before: list[dict[str, int]], after: list[dict[str, int]]) -> list[list[str]]:
+    """What is left of each layer, as rows of a table: heads (with GQA also KV heads) and neurons."""
+    kinds = [kind for kind in before[0] if kind != "kv_heads" or before[0]["kv_heads"] != before[0]["heads"]]
+    pairs = enumerate(zip(before, after, strict=True))
+    return [["layer", *kinds], *([i, *(f"{new[kind]}/{old[kind]}" for kind in kinds)] for i, (old, new) in pairs)]

@@ -67,9 +67,11 @@ class GateRecorder:
       reads it: the energy that the group adds to the residual stream, coherence aside.
 
     `kd_gradient` needs a backward of its own: `curvature(logits, teacher_logits)`.
+
+    `keep_statistics()` keeps those of the last `window` steps, `averages()` is their mean.
     """
 
-    def __init__(self, model, blocks: list[Block], wanted: tuple[str, ...]):
+    def __init__(self, model, blocks: list[Block], wanted: tuple[str, ...], window: int = 1):
         self.blocks = blocks
         self.wanted = wanted
         self.mask = None
@@ -82,6 +84,8 @@ class GateRecorder:
         self._parts: dict[str, list[torch.Tensor | None]] = {}
         self._watch = True
         self.loss_scale: torch.Tensor | float = 1.0  # of fp16; divided out
+        self._window = torch.zeros(window, len(wanted), sum(self._groups), device=model.device)
+        self._n_kept = 0
 
     @contextmanager
     def recording(self):
@@ -101,6 +105,22 @@ class GateRecorder:
         if not self.wanted:
             return torch.zeros(0, sum(self._groups))
         return torch.stack([torch.cat(self._parts[name]) for name in self.wanted])
+
+    def keep_statistics(self) -> None:
+        """Put what the step recorded into the window, in place of the oldest step once it is full."""
+        self._window[self._n_kept % len(self._window)] = self.statistics()
+        self._n_kept += 1
+
+    def averages(self) -> list[Scores]:
+        """The window's mean, one Scores for each name in `wanted`. A step of fp16 that overflowed counts as zero."""
+        mean = self._window[: self._n_kept].nan_to_num(0, 0, 0).mean(0)
+        return [split_groups(part, self.blocks) for part in mean]
+
+    def state_dict(self) -> dict:
+        return {"window": self._window, "n_kept": self._n_kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._window, self._n_kept = state["window"].to(self._window.device), state["n_kept"]
 
     def _note_batch(self, module, args, kwargs):
         self.mask = kwargs["attention_mask"]

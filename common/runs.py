@@ -71,6 +71,11 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Flags that say where and when, and what is resolved into the record under other keys: a run is the same without them.
+NO_RESULT = ("model", "task", "source", "local_dir", "text_column", "label_column", "data_dir", "out_dir", "run_name", "resume",
+             "save_every", "tensorboard", "dry_run")  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that takes `--a_flag` and `--a-flag`, refuses abbreviations and answers an error in one line."""
 
