@@ -124,14 +124,14 @@ class Pruner:
             pruning.refit_(self.blocks, grams, self.keep)
         pruning.zero_groups_(self.blocks, self.keep, optimizer)
 
-    def step_(self, step: int, optimizer) -> bool:
-        """After the optimizer's step: prune if it is time, and cut the model at the end of the phase. Whether it pruned."""
-        if self.cut or (step % self.args.prune_every and step != self.steps):
-            return False
+    def due(self, step: int) -> bool:
+        return not self.cut and (step % self.args.prune_every == 0 or step == self.steps)
+
+    def step_(self, step: int, optimizer) -> None:
+        """Prune to where the schedule is at `step`; at the end of the phase, cut."""
         self.prune_(pruning.scheduled_sparsity(self.args.target_sparsity, step / self.steps, self.args.schedule), optimizer)
         if step == self.steps:
             self.cut_(optimizer)
-        return True
 
     def cut_(self, optimizer=None) -> None:
         pruning.shrink_(self.model, self.keep, optimizer)
@@ -172,11 +172,14 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
     forward = torch.compile(model, dynamic=True) if args.compile else model
     hidden = teacher is not None and args.feature_weight > 0
 
-    def save(losses):
-        """A checkpoint, unless the loss is not a number; then stop, if that was asked for."""
+    def mean_of(losses):
+        """Their mean, looked at before anything is pruned, judged or saved: nothing is kept of a run that diverged."""
         if not np.isfinite(mean := float(torch.stack(losses).mean())):
             raise UserError(f"the loss became {mean} before step {step:,}. The last checkpoint in {run.dir} is intact; "
                             "start anew with a lower --learning_rate or --precision 32")  # fmt: skip
+        return mean
+
+    def save():
         checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished, cut=not pruner or pruner.cut)
         if stop_requested():
             raise runs.Interrupted(f"The same command goes on from step {step:,} of {total:,} ({run.dir})")
@@ -208,14 +211,17 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.detach())
-                if pruner and pruner.step_(step, optimizer):
+                if pruner and pruner.due(step):
+                    mean_of(losses)
+                    pruner.step_(step, optimizer)
                     run.log(step, phase, sparsity=pruner.sparsity)
                 if step % per_epoch and (step % args.save_every == 0 or stop_requested()):
-                    save(losses)
+                    mean_of(losses)
+                    save()
+            mean_loss = mean_of(losses)
             rate = sum(map(len, batches)) / (time.perf_counter() - start)
             logits = eval_utils.predict(model, split.selection, device, args.precision)
             accuracy = eval_utils.classification_metrics(logits, split.selection.labels)["accuracy"]
-            mean_loss = float(torch.stack(losses).mean())
             run.log(step, phase, loss=mean_loss, selection_accuracy=accuracy, examples_per_second=rate)
             if pruner is None or pruner.cut:
                 if stopping.update(accuracy):
@@ -224,7 +230,7 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
             print(f"epoch {epoch + 1}/{n_epochs}  {phase:8s}  loss {mean_loss:.4f}  selection accuracy {accuracy:.4f}  "
                   f"{f'sparsity {pruner.sparsity:.3f}  ' if pruner else ''}{rate:,.0f} examples/s"
                   f"{'  early stop' if finished and step < total else ''}", flush=True)  # fmt: skip
-            save(losses)
+            save()
 
 
 def objective(output, batch, teacher, args):
