@@ -29,8 +29,8 @@ def split_groups(flat: torch.Tensor, blocks: list[Block]) -> Scores:
 
 
 @torch.no_grad()
-def l2_scores(blocks: list[Block]) -> Scores:
-    """Squared L2 norm of all weights of a group, its rows in and its columns out."""
+def l2_scores(blocks: list[Block], generator: torch.Generator | None = None) -> Scores:
+    """Squared L2 norm of all weights of a group, its rows in and its columns out. `generator`: as every score takes it."""
     scores: Scores = {kind: [] for kind in KINDS}
     for block in blocks:
         a, groups = block.attention, block.attention.n_kv_heads
