@@ -2,9 +2,7 @@
 
     python 8_pruning_with_finetuning.py --fast                       a small real run, minutes on two cores
     python 8_pruning_with_finetuning.py                              the full preset
-    python 8_pruning_with_finetuning.py --fast --target_sparsity 0.5 --seed 1
     python 8_pruning_with_finetuning.py --fast --num_epochs 0        prune once, without any training
-    python 8_pruning_with_finetuning.py --fast --dry_run             print the plan and stop
 
 Method: the score of a group (a head, a neuron) is what its gate does to the loss, for all groups at once and for each
 example apart (Fisher: arXiv 2204.09656; here also the curvature of the distillation loss, which needs no label). In the
@@ -13,9 +11,9 @@ groups are zeroed and stay zero. Then the model is cut: smaller matrices, not ma
 against the dense one's cached outputs. The dense model is the given one or, if that is no classifier of the task yet, a
 baseline fine-tuned first and kept under out/dense.
 
-Reads a prepared task and model (see 1_prepare_data.py; prepares what is missing). Writes out/prune/<run>/: model/ (loads
-with stock transformers), run.json, history.csv; checkpoint/ and best/ while it runs. Killed? The same command goes on.
-What to expect: docs/8_pruning_with_finetuning.md, every number with its command.
+Reads a prepared task and model (1_prepare_data.py; prepares what is missing). Writes out/prune/<run>/: model/, which stock
+transformers loads, run.json, history.csv; checkpoint/ and best/ while it runs. Killed? The same command goes on. What to
+expect, flags, metrics: docs/8_pruning_with_finetuning.md.
 """
 
 from __future__ import annotations
@@ -28,12 +26,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from common import assets, checkpoint, data, distill, eval_utils, importance, pruning, runs, train_utils
-from common.blocks import blocks_of, family_of, group_costs, group_counts, total_cost
+from common.blocks import blocks_of, group_costs, group_counts, total_cost
 from common.checkpoint import load_classifier, outline
-from common.runs import Run, UserError, table
+from common.runs import Run, table
 
 # The guide's fast mode gives up scoring by the distillation loss, and heads and neurons together, because they cost it 2x
 # and 5x of a step. Here they are almost free (benchmarks/pruning_overhead.py) and buy accuracy
@@ -74,24 +72,17 @@ SCORERS = (*WEIGHT_SCORERS, *importance.RECORDED)
 
 
 class Pruner:
-    """Removes groups from a model in training: scores the steps of a window, prunes at its end, up to the target.
-
-    `keep` is what is left so far; the scores of the last `gradient_window` recorded steps are kept.
-    """
+    """Removes groups from a model in training: scores the steps of a window, prunes at its end, up to the target."""
 
     def __init__(self, model, args, steps: int, calibration: list[dict]):
         self.model, self.args, self.steps, self.calibration = model, args, steps, calibration
-        self.blocks, self.cut = blocks_of(model), False
+        self.blocks, self.sparsity, self.cut = blocks_of(model), 0.0, False
         self.costs = group_costs(self.blocks, args.budget, args.max_length)
         self.total = total_cost(self.blocks, args.budget, args.max_length)
         self.keep = pruning.keep_all(self.blocks)
         recorded = tuple(name for name in args.scorers if name in importance.RECORDED)
         self.recorder = importance.GateRecorder(model, self.blocks, recorded, args.gradient_window)
         self.generator = torch.Generator().manual_seed(args.seed)
-
-    @property
-    def sparsity(self) -> float:
-        return pruning.sparsity_of(self.keep, self.costs, self.total)
 
     def records(self, step: int) -> bool:
         """Whether `step` (from 1) is one of the last `gradient_window` steps before a pruning."""
@@ -108,14 +99,14 @@ class Pruner:
 
     def scores(self):
         """One number a group: each scorer averaged over the window, then joined."""
-        parts = self.recorder.averages()
-        parts += [WEIGHT_SCORERS[name](self.blocks, self.generator) for name in self.args.scorers if name in WEIGHT_SCORERS]
-        return importance.combine(parts)
+        at_once = [WEIGHT_SCORERS[name] for name in self.args.scorers if name in WEIGHT_SCORERS]
+        return importance.combine([*self.recorder.averages(), *(score(self.blocks, self.generator) for score in at_once)])
 
     def prune_(self, sparsity: float, optimizer=None) -> None:
         """Select under the budget, refit the output projections to do without what goes, and set that to zero."""
         a, before, remove = self.args, self.sparsity, sparsity * self.total
         self.keep = pruning.select(self.scores(), self.costs, remove, self.keep, a.allocation, a.granularity, a.floor)
+        self.sparsity = pruning.sparsity_of(self.keep, self.costs, self.total)
         if a.refit and self.sparsity > before:
             with pruning.gram_matrices(self.model, self.blocks) as grams, torch.no_grad():
                 for batch in self.calibration:
@@ -138,18 +129,20 @@ class Pruner:
         self.cut = True
 
     def state_dict(self) -> dict:
-        return {"keep": self.keep, "recorder": self.recorder.state_dict(), "generator": self.generator.get_state()}
+        return {"keep": self.keep, "sparsity": self.sparsity, "recorder": self.recorder.state_dict(),
+                "generator": self.generator.get_state()}  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
         self.keep = {kind: [mask.to(self.model.device) for mask in masks] for kind, masks in state["keep"].items()}
+        self.sparsity = state["sparsity"]
         self.recorder.load_state_dict(state["recorder"])
         self.generator.set_state(state["generator"])
 
 
 def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=None, pruner=None) -> None:
-    """The training loop, of the dense baseline (no pruner) and of the pruned model. The best epoch is kept in best/.
+    """The training loop, of the dense baseline (no pruner) and of the pruned model; goes on from the run's checkpoint.
 
-    Continues from the run's checkpoint. Only epochs after the cut count for best/ and for early stopping.
+    The best epoch is kept in best/. Only epochs after the cut count for it and for early stopping.
     """
     device, train = model.device, split.train
     per_epoch = data.n_batches(train, args.batch_size)
@@ -162,25 +155,18 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
         parts["pruner"] = pruner
     state, warning = checkpoint.load_checkpoint(run.checkpoint_dir)
     if state:
-        if state["cut"] and pruner:
+        step, finished = state["step"], state["finished"]
+        if pruner and step >= pruner.steps:
             pruner.load_state_dict(state["parts"]["pruner"])
             pruner.cut_(optimizer)
         checkpoint.restore_(state, parts)
-        step, finished = state["step"], state["finished"]
         run.rewind(step)
         print(f"{f'warning: {warning}; ' if warning else ''}resumed at step {step:,} of {total:,}")
     forward = torch.compile(model, dynamic=True) if args.compile else model
     hidden = teacher is not None and args.feature_weight > 0
 
-    def mean_of(losses):
-        """Their mean, looked at before anything is pruned, judged or saved: nothing is kept of a run that diverged."""
-        if not np.isfinite(mean := float(torch.stack(losses).mean())):
-            raise UserError(f"the loss became {mean} before step {step:,}. The last checkpoint in {run.dir} is intact; "
-                            "start anew with a lower --learning_rate or --precision 32")  # fmt: skip
-        return mean
-
     def save():
-        checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished, cut=not pruner or pruner.cut)
+        checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished)
         if stop_requested():
             raise runs.Interrupted(f"The same command goes on from step {step:,} of {total:,} ({run.dir})")
 
@@ -212,24 +198,22 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.detach())
                 if pruner and pruner.due(step):
-                    mean_of(losses)
+                    train_utils.mean_loss(losses, step)
                     pruner.step_(step, optimizer)
                     run.log(step, phase, sparsity=pruner.sparsity)
                 if step % per_epoch and (step % args.save_every == 0 or stop_requested()):
-                    mean_of(losses)
+                    train_utils.mean_loss(losses, step)
                     save()
-            mean_loss = mean_of(losses)
+            loss = train_utils.mean_loss(losses, step)
             rate = sum(map(len, batches)) / (time.perf_counter() - start)
             logits = eval_utils.predict(model, split.selection, device, args.precision)
             accuracy = eval_utils.classification_metrics(logits, split.selection.labels)["accuracy"]
-            run.log(step, phase, loss=mean_loss, selection_accuracy=accuracy, examples_per_second=rate)
-            if pruner is None or pruner.cut:
-                if stopping.update(accuracy):
-                    checkpoint.save_model(run.dir / "best", model, tokenizer)
-                finished = stopping.stop
-            print(f"epoch {epoch + 1}/{n_epochs}  {phase:8s}  loss {mean_loss:.4f}  selection accuracy {accuracy:.4f}  "
-                  f"{f'sparsity {pruner.sparsity:.3f}  ' if pruner else ''}{rate:,.0f} examples/s"
-                  f"{'  early stop' if finished and step < total else ''}", flush=True)  # fmt: skip
+            run.log(step, phase, loss=loss, selection_accuracy=accuracy, examples_per_second=rate)
+            if (pruner is None or pruner.cut) and stopping.update(accuracy):
+                checkpoint.save_model(run.dir / "best", model, tokenizer)
+            finished = stopping.stop
+            print(f"epoch {epoch + 1}/{n_epochs}  {phase:8s}  loss {loss:.4f}  selection accuracy {accuracy:.4f}  "
+                  f"{f'sparsity {pruner.sparsity:.3f}  ' if pruner else ''}{rate:,.0f} examples/s", flush=True)  # fmt: skip
             save()
 
 
@@ -239,19 +223,18 @@ def objective(output, batch, teacher, args):
         return functional.cross_entropy(output.logits.float(), batch["labels"])
     loss = args.distill_weight * distill.kd_loss(output.logits, teacher.logits[batch["index"]], args.temperature)
     if args.distill_weight < 1:
-        loss = loss + (1 - args.distill_weight) * functional.cross_entropy(output.logits.float(), batch["labels"])
+        loss += (1 - args.distill_weight) * functional.cross_entropy(output.logits.float(), batch["labels"])
     if args.feature_weight:
         features = output.hidden_states[-1][:, 0]
-        loss = loss + args.feature_weight * distill.feature_loss(features, teacher.features[batch["index"]], teacher.scale)
+        loss += args.feature_weight * distill.feature_loss(features, teacher.features[batch["index"]], teacher.scale)
     return loss
 
 
 def prune_once_(pruner, split, args, teacher, rounds: int = 4) -> None:
     """`--num_epochs 0`: score on a window of batches, prune a part, score what is left again; a few rounds, then cut."""
     model = pruner.model.eval()
-    embeddings = model.get_input_embeddings().weight
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter is embeddings)  # gates need the backward, weights do not
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)  # gates need the backward; of all weights, only the first do
     batches = data.in_order(split.train.lengths[: args.gradient_window * args.batch_size], args.batch_size)
     for i in range(rounds):
         for batch in data.loader(split.train, batches, model.device):
@@ -259,15 +242,15 @@ def prune_once_(pruner, split, args, teacher, rounds: int = 4) -> None:
                 with train_utils.autocast(model.device, args.precision):
                     logits = model(**data.inputs_of(batch)).logits
                 pruner.record(logits, teacher.logits[batch["index"]], functional.cross_entropy(logits.float(), batch["labels"]))
-            embeddings.grad = None
+            model.zero_grad()
         pruner.prune_(args.target_sparsity * (i + 1) / rounds)
         print(f"round {i + 1}/{rounds}  sparsity {pruner.sparsity:.3f}", flush=True)
     pruner.cut_()
 
 
-def dense_classifier(args, base, tokenizer, split, device) -> Path:
+def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
     """The dense model: the given one if it is a classifier of the task, else a baseline, fine-tuned once and kept."""
-    if checkpoint.is_classifier_of(AutoConfig.from_pretrained(base.path), split.label_names):
+    if checkpoint.is_classifier_of(config, split.label_names):
         return base.path
     used = ("assets", "seed", "train_fraction", "validation_fraction", "n_selection", "max_length", "batch_size", "precision",
             "patience", "min_delta", "dense_epochs", "dense_learning_rate", "dropout", "weight_decay", "warmup",
@@ -288,7 +271,7 @@ def print_plan(args, base, task, split, steps: int, model) -> None:
     """What is about to happen: sources, data, steps, schedule, memory."""
     counts = {kind: sum(n) for kind, n in group_counts(blocks_of(model)).items()}
     batches = data.bucketed(split.train.lengths, args.batch_size, np.random.default_rng(0))
-    padding = data.padding_share(split.train.lengths, batches)
+    padding = data.padding_share(split.train, batches)
     memory = train_utils.training_memory(model, args.batch_size, int(split.train.lengths.max()), args.precision)
     prunings = [*range(args.prune_every, steps, args.prune_every), steps] if args.num_epochs else [steps]
     rise = [pruning.scheduled_sparsity(args.target_sparsity, step / steps, args.schedule) for step in prunings]
@@ -314,14 +297,9 @@ def main(argv=None) -> None:
     base = assets.resolve_model(args.model, args.data_dir, args.source)
     task = assets.prepare_task(args.task, args.data_dir, args.source, args.local_dir, args.text_column, args.label_column)
     args.assets = [{key: asset.record[key] for key in ("name", "source", "sha256")} for asset in (base, task)]
-    config = AutoConfig.from_pretrained(base.path)
-    family_of(config)
-    data.check_length(config, args.max_length)
     shape = outline(base.path)
-    most = pruning.largest_removal(blocks_of(shape), args.granularity, args.floor, args.budget, args.max_length)
-    if args.target_sparsity > most:
-        raise UserError(f"--target_sparsity {args.target_sparsity}: --granularity {args.granularity} with --floor "
-                        f"{args.floor} allows {most:.3f} at most here. Ask for less, or lower the floor")  # fmt: skip
+    data.check_length(shape.config, args.max_length)
+    pruning.check_target(blocks_of(shape), args.target_sparsity, args.granularity, args.floor, args.budget, args.max_length)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.train_fraction,
                                      args.validation_fraction, args.seed)  # fmt: skip
@@ -330,7 +308,7 @@ def main(argv=None) -> None:
     if args.dry_run:
         return
 
-    dense_dir = dense_classifier(args, base, tokenizer, split, device)  # the accuracy to hold, and the teacher
+    dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # the accuracy to hold, and the teacher
     settings = {name: value for name, value in vars(args).items() if name not in runs.NO_RESULT}
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
@@ -353,8 +331,7 @@ def main(argv=None) -> None:
 
             with run.timed("measuring"):  # what was saved, not what is in memory
                 layers = [block.shape for block in blocks_of(model)]
-                asked = {"sparsity": args.target_sparsity, "importance": args.importance, "budget": args.budget}
-                stage = {"script": Path(__file__).name, "asked": asked, "layers": layers}
+                stage = {"script": Path(__file__).name, "asked": settings, "layers": layers}
                 checkpoint.save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
                 in_memory = eval_utils.predict(model, split.validation, device)
                 reloaded = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)

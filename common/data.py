@@ -126,10 +126,11 @@ def loader(split: Split, batches: list[np.ndarray], device: torch.device):
         yield ahead
 
 
-def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
+def padding_share(split: Split, batches: list[np.ndarray]) -> float:
     """Fraction of all tokens in the batches that is padding."""
-    padded = sum(len(b) * int(lengths[b].max()) for b in batches)
-    return 1 - sum(int(lengths[b].sum()) for b in batches) / padded
+    lengths = split.lengths
+    padded = sum(len(index) * int(lengths[index].max()) for index in batches)
+    return 1 - sum(int(lengths[index].sum()) for index in batches) / padded
 
 
 class ClassificationData(NamedTuple):

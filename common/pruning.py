@@ -13,6 +13,7 @@ from torch import nn
 
 from common.blocks import KINDS, Block, blocks_of, group_costs, group_counts, set_shapes_, total_cost
 from common.importance import Scores
+from common.runs import UserError
 
 Keep = dict[str, list[torch.Tensor]]
 
@@ -105,12 +106,14 @@ def _floor(n: int, share: float) -> int:
     return min(n, max(1, round(n * share)))
 
 
-def largest_removal(blocks: list[Block], granularity: str, floor: float, budget: str, length: int) -> float:
-    """The sparsity that the floor and the granularity allow at most."""
+def check_target(blocks: list[Block], sparsity: float, granularity: str, floor: float, budget: str, length: int) -> None:
+    """UserError when the granularity and the floor do not let `sparsity` of the budget go. Needs shapes only."""
     costs, counts = group_costs(blocks, budget, length), group_counts(blocks)
     kinds = KINDS if granularity == "multi" else (granularity,)
     free = sum(cost * (n - _floor(n, floor)) for kind in kinds for cost, n in zip(costs[kind], counts[kind], strict=True))
-    return free / total_cost(blocks, budget, length)
+    if sparsity > (most := free / total_cost(blocks, budget, length)):
+        raise UserError(f"--target_sparsity {sparsity}: --granularity {granularity} with --floor {floor} allows {most:.3f} at "
+                        "most here. Ask for less, or lower the floor")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- masking and cutting

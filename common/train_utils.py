@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -60,6 +61,15 @@ def linear_schedule(step: int, total: int, warmup: float) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def mean_loss(losses: list[torch.Tensor], step: int) -> float:
+    """Mean of the losses up to `step`. UserError when it is not a number: call it before anything is kept of the model."""
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise UserError(f"the loss became {mean} before step {step:,}. The last checkpoint is intact; start anew with a lower "
+                        "--learning_rate or --precision 32")  # fmt: skip
+    return mean
 
 
 class EarlyStopping:
