@@ -146,7 +146,7 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
     """
     device, train = model.device, split.train
     per_epoch = data.n_batches(train, args.batch_size)
-    step, total, finished = 0, n_epochs * per_epoch, False
+    step, total, finished, losses = 0, n_epochs * per_epoch, False, []
     optimizer = train_utils.adamw(model, learning_rate, args.weight_decay)
     scaler = train_utils.grad_scaler(device, args.precision)
     stopping = train_utils.EarlyStopping(args.patience, args.min_delta)
@@ -155,27 +155,27 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
         parts["pruner"] = pruner
     state, warning = checkpoint.load_checkpoint(run.checkpoint_dir)
     if state:
-        step, finished = state["step"], state["finished"]
+        step, finished, losses = state["step"], state["finished"], [*state["losses"].to(device)]
         if pruner and step >= pruner.steps:
             pruner.load_state_dict(state["parts"]["pruner"])
             pruner.cut_(optimizer)
         checkpoint.restore_(state, parts)
-        run.rewind(step)
         print(f"{f'warning: {warning}; ' if warning else ''}resumed at step {step:,} of {total:,}")
+    run.rewind(step)
     forward = torch.compile(model, dynamic=True) if args.compile else model
     hidden = teacher is not None and args.feature_weight > 0
 
     def save():
-        checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished)
+        checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished, losses=torch.stack(losses))
         if stop_requested():
             raise runs.Interrupted(f"The same command goes on from step {step:,} of {total:,} ({run.dir})")
 
     with runs.stop_requests() as stop_requested:
         while step < total and not finished:
             epoch, done = divmod(step, per_epoch)
-            phase = "dense" if pruner is None else "recovery" if pruner.cut else "pruning"
+            phase = "dense" if pruner is None else "pruning" if epoch * per_epoch < pruner.steps else "recovery"
             batches = data.bucketed(train.lengths, args.batch_size, np.random.default_rng([args.seed, epoch]))[done:]
-            losses, start = [], time.perf_counter()
+            losses, start = losses if done else [], time.perf_counter()
             model.train()
             for batch in tqdm(data.loader(train, batches, device), desc=f"{phase} {epoch + 1}/{n_epochs}", total=per_epoch,
                               initial=done, leave=False, mininterval=1):  # fmt: skip

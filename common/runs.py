@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HISTORY = ("step", "phase", "metric", "value")  # columns of history.csv
 
 
 class UserError(Exception):
@@ -353,7 +354,7 @@ class Run:
         with open(path, "a", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             if new:
-                rows.writerow(["step", "phase", "metric", "value"])
+                rows.writerow(HISTORY)
             rows.writerows([step, phase, name, value] for name, value in metrics.items())
         if self._writer is not None:
             with self._writer() as writer:
@@ -364,9 +365,9 @@ class Run:
         """Drop the history after `step`: the run continues from there."""
         path = self.dir / "history.csv"
         if path.exists():
-            head, *rows = path.read_text(encoding="utf-8").splitlines()
+            rows = path.read_text(encoding="utf-8").splitlines()[1:]  # a killed process can leave an empty file
             kept = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= step]
-            write_atomic(path, "\n".join([head, *kept]) + "\n")
+            write_atomic(path, "\n".join([",".join(HISTORY), *kept]) + "\n")
 
     def history(self) -> list[tuple[int, str, str, float]]:
         path = self.dir / "history.csv"
