@@ -108,7 +108,7 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
     compression.json).
     """
     directory = Path(directory)
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    beside = directory.with_name(f".{directory.name}.new")  # one name, so that what a killed process left is removed
     shutil.rmtree(beside, ignore_errors=True)
     config = model.config
     try:

@@ -58,7 +58,7 @@ class Teacher:
         except (OSError, SafetensorError):  # not there yet, or damaged: computed again below
             pass
         logits, features = compute()
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside = path.with_name(f".{path.name}.new")
         save_file({"logits": logits.contiguous(), "features": features.contiguous()}, beside, metadata={"key": key})
         os.replace(beside, path)
         return cls(logits, features, device)
