@@ -44,9 +44,9 @@ def l2_scores(blocks: list[Block], generator: torch.Generator | None = None) -> 
 
 def random_scores(blocks: list[Block], generator: torch.Generator) -> Scores:
     """The control: uniform in [0, 1) per parameter of a group, so that neither heads nor neurons are favoured."""
-    costs, counts = group_costs(blocks), group_counts(blocks)
-    return {kind: [torch.rand(n, generator=generator) * cost for n, cost in zip(counts[kind], costs[kind], strict=True)]
-            for kind in KINDS}  # fmt: skip
+    costs, counts, device = group_costs(blocks), group_counts(blocks), blocks[0].ffn.out.weight.device
+    return {kind: [torch.rand(n, generator=generator).to(device) * cost
+                   for n, cost in zip(counts[kind], costs[kind], strict=True)] for kind in KINDS}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- from activations and gates
@@ -63,8 +63,8 @@ class GateRecorder:
       arXiv 1905.10650, eq. 2);
     - `fisher`: mean of g^2, the diagonal of the empirical Fisher information of the gates (Kwon et al. 2022,
       arXiv 2204.09656, eq. 8), with examples kept apart where that code squares the gradient of a batch;
-    - `activation`: mean over tokens of the squared norm of the group's activation, times the mean squared weight that
-      reads it: the energy that the group adds to the residual stream, coherence aside.
+    - `activation`: mean over tokens of the squares of the group's activation columns, each times the squared norm of the
+      weight column that reads it: the energy that the group adds to the residual stream, coherence aside.
 
     `kd_gradient` needs a backward of its own: `curvature(logits, teacher_logits)`.
 
@@ -123,7 +123,7 @@ class GateRecorder:
         self._window, self._n_kept = state["window"].to(self._window.device), state["n_kept"]
 
     def _note_batch(self, module, args, kwargs):
-        self.mask = kwargs["attention_mask"]
+        self.mask = kwargs.get("attention_mask")
         self._n_examples = kwargs["input_ids"].shape[0]
 
     def _note_input(self, i: int) -> Callable:
@@ -162,12 +162,12 @@ class GateRecorder:
 
     def curvature(self, logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float,
                   generator: torch.Generator) -> None:  # fmt: skip
-        """`kd_gradient`: the diagonal of the Gauss-Newton matrix of KL(teacher || student) by the gates, on this batch.
+        """`kd_gradient`: the diagonal of the Fisher matrix of the gates under the teacher's labels, on this batch.
 
-        The gradient of the KL itself vanishes where the student still is the teacher; its curvature does not. It is
-        sum_c t_c (J^T (p - e_c))^2 with t, p the softened outputs of teacher and student, estimated without bias by one
-        backward of the logits with the vector sum_c sqrt(t_c) r_c (p - e_c), r_c random signs (Hutchinson 1989;
-        Martens 2014, arXiv 1412.1193, section 9.2). No label is used.
+        The gradient of KL(teacher || student) vanishes where the student still is the teacher; this does not, and there it
+        is that loss's Gauss-Newton matrix. It is sum_c t_c (J^T (p - e_c))^2 with t, p the softened outputs of teacher and
+        student, estimated without bias by one backward of the logits with the vector sum_c sqrt(t_c) r_c (p - e_c), r_c
+        random signs (Hutchinson 1989; Martens 2014, arXiv 1412.1193, section 9.2). No label is used.
 
         logits, teacher_logits: (B, C). The graph is kept for the training backward.
         """
