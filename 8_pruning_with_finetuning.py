@@ -56,9 +56,9 @@ PRESETS = [
     ("budget", "parameters", "parameters", "what a group costs", ("parameters", "macs")),
     ("floor", 0.02, 0.02, "share of every layer's heads and neurons that stays, at least one", (0, 1)),
     ("refit", True, True, "re-solve the output projections by least squares when groups go"),
-    ("learning_rate", 1e-4, 2e-4, "peak learning rate while pruning and recovering", (0, 10)),
+    ("learning_rate", 0.0, 0.0, "peak learning rate of pruning and recovery; 0: 0.06 / width of the model", (0, 10)),
     ("dense_epochs", 3, 2, "passes of the dense baseline, if one has to be made", (1, 10**4)),
-    ("dense_learning_rate", 5e-5, 1e-4, "its peak learning rate", (0, 10)),
+    ("dense_learning_rate", 0.0, 0.0, "its peak learning rate; 0: 0.04 / width of the model", (0, 10)),
     ("dropout", 0.1, 0.0, "while training", (0, 0.99)),
     ("weight_decay", 0.01, 0.01, "of AdamW, on matrices", (0, 10)),
     ("warmup", 0.1, 0.1, "share of the steps in which the learning rate rises", (0, 1)),
@@ -163,7 +163,6 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
         print(f"{f'warning: {warning}; ' if warning else ''}resumed at step {step:,} of {total:,}")
     run.rewind(step)
     forward = torch.compile(model, dynamic=True) if args.compile else model
-    hidden = teacher is not None and args.feature_weight > 0
 
     def save():
         checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, finished=finished, losses=torch.stack(losses))
@@ -183,7 +182,8 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
                 recording = pruner is not None and pruner.records(step)
                 with pruner.recorder.recording() if recording else nullcontext():
                     with train_utils.autocast(device, args.precision):
-                        output = (model if recording else forward)(**data.inputs_of(batch), output_hidden_states=hidden)
+                        run_model = model if recording else forward
+                        output = run_model(**data.inputs_of(batch), output_hidden_states=teacher is not None)
                     loss = objective(output, batch, teacher, args)
                     if recording:
                         pruner.record(output.logits, teacher.logits[batch["index"]], loss, scaler)
@@ -268,15 +268,14 @@ def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
 
 
 def print_plan(args, base, task, split, steps: int, model) -> None:
-    """What is about to happen: sources, data, steps, schedule, memory."""
-    counts = {kind: sum(n) for kind, n in group_counts(blocks_of(model)).items()}
+    heads, neurons = (sum(counts) for counts in group_counts(blocks_of(model)).values())
     batches = data.bucketed(split.train.lengths, args.batch_size, np.random.default_rng(0))
     padding = data.padding_share(split.train, batches)
     memory = train_utils.training_memory(model, args.batch_size, int(split.train.lengths.max()), args.precision)
     prunings = [*range(args.prune_every, steps, args.prune_every), steps] if args.num_epochs else [steps]
     rise = [pruning.scheduled_sparsity(args.target_sparsity, step / steps, args.schedule) for step in prunings]
-    print(f"""model     {base.record["name"]} ({base.record["source"]}), {counts["heads"]} heads, {counts["neurons"]:,} neurons
-task      {task.record["name"]} ({task.record["source"]}): {", ".join(split.label_names)}
+    print(f"""model     {base.record["name"]} ({base.record["source"]}), {heads} heads, {neurons:,} neurons
+task      {task.record["name"]} ({task.record["source"]}): {task.record.get("label_mapping") or ", ".join(split.label_names)}
 examples  {len(split.train):,} to train on, {len(split.selection):,} to select on, {len(split.validation):,} to be judged on
 tokens    {split.train.lengths.mean():.1f} an example, {split.train.n_truncated} cut at {args.max_length}; padding {padding:.1%}
 steps     {args.num_epochs} epochs of {len(batches):,}, batch {args.batch_size}, {args.precision}, {args.device}
@@ -299,6 +298,8 @@ def main(argv=None) -> None:
     args.assets = [{key: asset.record[key] for key in ("name", "source", "sha256")} for asset in (base, task)]
     shape = outline(base.path)
     data.check_length(shape.config, args.max_length)
+    args.learning_rate = args.learning_rate or 0.06 / shape.config.hidden_size
+    args.dense_learning_rate = args.dense_learning_rate or 0.04 / shape.config.hidden_size
     pruning.check_target(blocks_of(shape), args.target_sparsity, args.granularity, args.floor, args.budget, args.max_length)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.train_fraction,
@@ -319,7 +320,6 @@ def main(argv=None) -> None:
                 teacher = distill.Teacher.cached(
                     run.dir / "teacher.safetensors", runs.fingerprint(settings),
                     lambda: eval_utils.predict(model, split.train, device, args.precision, features=True), device)  # fmt: skip
-
             sample = split.train.subset(np.arange(min(512, len(split.train))))
             pruner = Pruner(model, args, steps, list(data.loader(sample, data.in_order(sample.lengths, 64), device)))
             with run.timed("pruning and recovery"):
@@ -328,7 +328,6 @@ def main(argv=None) -> None:
                     model = load_classifier(run.dir / "best").to(device)
                 else:
                     prune_once_(pruner, split, args, teacher)
-
             with run.timed("measuring"):  # what was saved, not what is in memory
                 layers = [block.shape for block in blocks_of(model)]
                 stage = {"script": Path(__file__).name, "asked": settings, "layers": layers}
@@ -337,14 +336,13 @@ def main(argv=None) -> None:
                 reloaded = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
                 models = {"dense": dense_dir, "pruned": run.model_dir}
                 measured = eval_utils.measure_classifiers(models, split.validation, device)
-            left = measured["pruned"]["block_parameters"] / measured["dense"]["block_parameters"]
-            measured["pruned"] |= {"sparsity_asked": args.target_sparsity, "sparsity": 1 - left}
+            measured["pruned"]["sparsity_asked"] = args.target_sparsity
             run.record |= {"metrics": measured, "reload_difference": float((reloaded - in_memory).abs().max()),
                            "layers": layers, "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip
             checkpoint.drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher.safetensors")
 
-    print("\n" + table(eval_utils.layers_left(run.record["dense_layers"], run.record["layers"])))
-    print("\n" + table(eval_utils.comparison(run.record["metrics"])))
+    print("", table(eval_utils.layers_left(run.record["dense_layers"], run.record["layers"])),
+          table(eval_utils.comparison(run.record["metrics"])), sep="\n\n")  # fmt: skip
     print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
     print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}\ncurves  {run.dir / 'history.csv'}")
 

@@ -175,11 +175,11 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
 
     Accuracy and F1 on `validation`, parameters (of the whole model and of its blocks), bytes of the directory, MACs an
     example of `length` tokens, latency and throughput on full batches of `batch_size` x `length`, peak memory of a fresh
-    process on such a batch.
+    process on such a batch; for all but the first, sparsity: the share of the first's block parameters that is gone.
     """
     models = {name: load_classifier(path).to(device) for name, path in model_dirs.items()}
     times = latency(models, batch_size, length, device)
-    return {
+    measured = {
         name: {
             **classification_metrics(predict(model, validation, device), validation.labels),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -191,6 +191,10 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
         }
         for name, model in models.items()
     }
+    first, *others = measured.values()
+    for values in others:
+        values["sparsity"] = 1 - values["block_parameters"] / first["block_parameters"]
+    return measured
 
 
 # How a table shows what `measure_classifiers` returns: (key, label, text of a value, whether a ratio to the first says more).

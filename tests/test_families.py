@@ -132,8 +132,8 @@ def test_shrunk_equals_masked_and_reloads(family, tmp_path):
 def in_a_bare_process(saved, auto_class, inputs, logits, shape):
     torch.save(inputs, saved / "inputs.pt")
     (saved.parent / "bare.py").write_text(BARE)
-    subprocess.run([sys.executable, "-I", saved.parent / "bare.py", saved, auto_class.__name__.removeprefix("AutoModelFor"), shape],
-                   check=True, cwd=saved.parent, timeout=120, capture_output=True)  # fmt: skip
+    command = [sys.executable, "-I", saved.parent / "bare.py", saved, auto_class.__name__.removeprefix("AutoModelFor"), shape]
+    subprocess.run(command, check=True, cwd=saved.parent, timeout=120, capture_output=True)
     assert torch.equal(torch.load(saved / "logits.pt", weights_only=True), logits)
 
 
