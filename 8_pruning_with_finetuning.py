@@ -182,8 +182,7 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
                 recording = pruner is not None and pruner.records(step)
                 with pruner.recorder.recording() if recording else nullcontext():
                     with train_utils.autocast(device, args.precision):
-                        run_model = model if recording else forward
-                        output = run_model(**data.inputs_of(batch), output_hidden_states=teacher is not None)
+                        output = (model if recording else forward)(**data.inputs_of(batch), output_hidden_states=bool(teacher))
                     loss = objective(output, batch, teacher, args)
                     if recording:
                         pruner.record(output.logits, teacher.logits[batch["index"]], loss, scaler)

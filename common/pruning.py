@@ -47,7 +47,7 @@ def scheduled_sparsity(target: float, progress: float, schedule: str = "cubic") 
 
 
 def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: Keep, allocation: str = "global",
-           granularity: str = "multi", floor: float = 0.05) -> Keep:  # fmt: skip
+           granularity: str = "multi", floor: float = 0.05, limit: float | None = None) -> Keep:  # fmt: skip
     """Which groups to keep so that at least `remove` of cost is gone, and the least score with it. Pure.
 
     The knapsack is solved greedily: groups go in ascending order of score per cost. Neurons, being small, fill exactly up
@@ -58,6 +58,8 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     its neurons each).
     granularity: "multi" removes heads and neurons, "heads" or "neurons" only one kind.
     floor: the share of every layer's groups of a kind that is kept whatever the scores say, and never less than one.
+    limit: the cost that may be gone with the last head [`remove`]. On the way to a target give the target: a schedule that
+    rises by less than a head at a time would else never afford one.
 
     Returns fewer removals than asked for where the floor or the granularity does not allow them.
     """
@@ -88,7 +90,8 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     n_removed = int(torch.searchsorted(spent, remove * (1 - 1e-12))) + 1 if remove > 0 else 0
     n_removed = max(min(n_removed, len(order)), int((density == -torch.inf).sum()))
     removed = order[:n_removed]
-    if n_removed and n_removed < len(order) and cost[removed[-1]] > cost.min() and density[removed[-1]] > -torch.inf:
+    over = n_removed > 0 and spent[n_removed - 1] > max(remove, limit or 0.0)
+    if over and n_removed < len(order) and cost[removed[-1]] > cost.min() and density[removed[-1]] > -torch.inf:
         # the last group to go is a large one and overshoots: let small ones go in its place, as long as they suffice
         small = order[n_removed:][cost[order[n_removed:]] == cost.min()]
         short = remove - float(spent[n_removed - 2]) if n_removed > 1 else remove
