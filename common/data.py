@@ -52,15 +52,15 @@ def label_names(task_dir: Path) -> list[str]:
 
 
 def tokenize(texts: list[str], labels: np.ndarray, tokenizer, max_length: int) -> Split:
-    """Tokenise with special tokens; longer texts are cut at `max_length` and counted."""
-    ids, lengths, truncated = [], [], 0
+    """Tokenise with special tokens; longer texts are cut at `max_length`, their closing token kept, and counted."""
+    ids, lengths, truncated, closing = [], [], 0, (tokenizer.sep_token_id, tokenizer.eos_token_id)
     for start in range(0, len(texts), 10_000):
         batch = tokenizer(texts[start : start + 10_000], truncation=True, max_length=max_length + 1,
                           return_attention_mask=False)["input_ids"]  # fmt: skip
         for row in batch:
             if len(row) > max_length:
                 truncated += 1
-                row = [*row[: max_length - 1], row[-1]]  # the closing special token stays
+                row = [*row[: max_length - 1], row[-1]] if row[-1] in closing else row[:max_length]
             ids.extend(row)
             lengths.append(len(row))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -150,7 +150,7 @@ def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection:
     """
     texts, labels = read_texts(task_dir, "train")
     order = np.random.default_rng(seed).permutation(len(texts))
-    n_selection = min(n_selection, len(texts) // 10)
+    n_selection = min(n_selection, max(1, len(texts) // 10))
     held_out, rest = order[:n_selection], order[n_selection:]
     held_out = held_out[: max(1, round(n_selection * selection_fraction))]
     rest = rest[: max(1, round(len(rest) * train_fraction))]
