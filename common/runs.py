@@ -72,6 +72,8 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
+LIMITS = {"seed": (0, 2**32 - 1), "save_every": (1, 10**9)}  # of these, the least and the greatest
+
 # Flags that say where and when, and what is resolved into the record under other keys: a run is the same without them.
 NO_RESULT = ("model", "task", "source", "local_dir", "text_column", "label_column", "data_dir", "out_dir", "run_name", "resume",
              "save_every", "tensorboard", "dry_run")  # fmt: skip
@@ -110,9 +112,10 @@ class Parser(argparse.ArgumentParser):
         for row in self.presets:
             if getattr(args, row.flag) is None:
                 setattr(args, row.flag, row.fast if args.fast else row.full)
-            value = getattr(args, row.flag)
-            if row.limits and not isinstance(value, str) and not row.limits[0] <= value <= row.limits[1]:  # NaN too
-                self.error(f"--{row.flag} {value}: expected a value from {row.limits[0]} to {row.limits[1]}")
+        for flag, limits in {**LIMITS, **{row.flag: row.limits for row in self.presets}}.items():
+            value = getattr(args, flag, None)
+            if limits and isinstance(value, int | float) and not limits[0] <= value <= limits[1]:  # NaN too
+                self.error(f"--{flag} {value}: expected a value from {limits[0]} to {limits[1]}")
         return args
 
     def error(self, message):
