@@ -137,11 +137,13 @@ def run_script(main) -> None:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"\ninterrupted. {stop}".rstrip(), file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports a full disk so, by its own exception
+        number = error.errno if isinstance(error, OSError) else found and int(found[1])
+        if number not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}. Free some space or name another directory; "
-              "what was already written is intact", file=sys.stderr)  # fmt: skip
+        print(f"error: {getattr(error, 'filename', None) or 'output'}: {os.strerror(number)}. Free some space or name another "
+              "directory; what was already written is intact", file=sys.stderr)  # fmt: skip
         sys.exit(2)
 
 
@@ -306,6 +308,8 @@ class Run:
         self.record = previous
         if self.finished:
             return
+        for key in ("error", "ended"):  # of an earlier try
+            previous.pop(key, None)
         self.record |= {
             "status": "running",
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
