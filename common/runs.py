@@ -318,6 +318,8 @@ class Run:
             "environment": environment(),
             "timings": previous.get("timings", {}),
         }
+        for key in ("ended", "error"):  # of the attempt before
+            self.record.pop(key, None)
         self.save()
 
     def _move_aside(self) -> None:
@@ -357,10 +359,9 @@ class Run:
     def log(self, step: int, phase: str, **metrics: float) -> None:
         """Append to history.csv, one row a metric. Rows that a resumed run repeats are dropped by `rewind`."""
         path = self.dir / "history.csv"
-        new = not path.exists()
         with open(path, "a", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
-            if new:
+            if file.tell() == 0:
                 rows.writerow(HISTORY)
             rows.writerows([step, phase, name, value] for name, value in metrics.items())
         if self._writer is not None:
