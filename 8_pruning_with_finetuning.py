@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from common import assets, checkpoint, data, distill, eval_utils, importance, pruning, runs, train_utils
 from common.blocks import blocks_of, group_costs, group_counts, total_cost
@@ -300,7 +299,7 @@ def main(argv=None) -> None:
     args.learning_rate = args.learning_rate or 0.06 / shape.config.hidden_size
     args.dense_learning_rate = args.dense_learning_rate or 0.04 / shape.config.hidden_size
     pruning.check_target(blocks_of(shape), args.target_sparsity, args.granularity, args.floor, args.budget, args.max_length)
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer = data.load_tokenizer(base.path, shape.config)
     split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.train_fraction,
                                      args.validation_fraction, args.seed)  # fmt: skip
     steps = max(1, args.num_epochs * data.n_batches(split.train, args.batch_size) // 2)  # of the pruning phase

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from common import modeling_pruned
+from common.blocks import family_of
 from common.runs import UserError, read_json, write_atomic
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -179,8 +180,15 @@ def load_classifier(directory: Path, names: list[str] | None = None, dropout: fl
 
 
 def outline(directory: Path):
-    """The classifier in a directory without its weights, on the meta device: for shapes, costs and counts."""
-    config = AutoConfig.from_pretrained(directory)
+    """The classifier in a directory without its weights, on the meta device: for shapes, costs and counts.
+
+    UserError where the config is not one of a family in common/blocks.py.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: no config.json of a known model ({str(error).splitlines()[0]})") from None
+    family_of(config)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
         if getattr(config, "pruned_linears", None):

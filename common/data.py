@@ -51,6 +51,21 @@ def label_names(task_dir: Path) -> list[str]:
     return read_json(Path(task_dir) / "manifest.json")["label_names"]
 
 
+def load_tokenizer(directory: Path, config):
+    """The tokenizer in a model directory. UserError where there is none, or one that the model has no embeddings for."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer that can be read ({str(error).splitlines()[0]})") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes up an empty one where there is no file
+        raise UserError(f"{directory}: no tokenizer in it. Save the model's own there: tokenizer.save_pretrained(...)")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{directory}: its tokenizer has {len(tokenizer):,} tokens, its model embeds {config.vocab_size:,}")
+    return tokenizer
+
+
 def tokenize(texts: list[str], labels: np.ndarray, tokenizer, max_length: int) -> Split:
     """Tokenise with special tokens; longer texts are cut at `max_length`, their closing token kept, and counted."""
     ids, lengths, truncated, closing = [], [], 0, (tokenizer.sep_token_id, tokenizer.eos_token_id)
