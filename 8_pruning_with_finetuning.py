@@ -196,13 +196,13 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.detach())
                 if pruner and pruner.due(step):
-                    train_utils.mean_loss(losses, step)
+                    train_utils.mean_loss(losses, model, step)
                     pruner.step_(step, optimizer)
                     run.log(step, phase, sparsity=pruner.sparsity)
                 if step % per_epoch and (step % args.save_every == 0 or stop_requested()):
-                    train_utils.mean_loss(losses, step)
+                    train_utils.mean_loss(losses, model, step)
                     save()
-            loss = train_utils.mean_loss(losses, step)
+            loss = train_utils.mean_loss(losses, model, step)
             rate = sum(map(len, batches)) / (time.perf_counter() - start)
             logits = eval_utils.predict(model, split.selection, device, args.precision)
             accuracy = eval_utils.classification_metrics(logits, split.selection.labels)["accuracy"]

@@ -71,12 +71,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def mean_loss(losses: list[torch.Tensor], step: int) -> float:
-    """Mean of the losses up to `step`. UserError when it is not a number: call it before anything is kept of the model."""
+def mean_loss(losses: list[torch.Tensor], model, step: int) -> float:
+    """Mean of the losses up to `step`. UserError when it or a weight is not finite: call it before the model is kept."""
     mean = float(torch.stack(losses).mean())
-    if not math.isfinite(mean):
-        raise UserError(f"the loss became {mean} before step {step:,}. The last checkpoint is intact; start anew with a lower "
-                        "--learning_rate or --precision 32")  # fmt: skip
+    if not math.isfinite(mean) or not all(parameter.isfinite().all() for parameter in model.parameters()):
+        what = "a weight" if math.isfinite(mean) else "the loss"  # a gradient can overflow where the loss does not
+        raise UserError(f"{what} is not finite any more before step {step + 1:,}. The last checkpoint is intact; start anew "
+                        "with a lower --learning_rate or --precision 32")  # fmt: skip
     return mean
 
 
