@@ -107,7 +107,7 @@ class Pruner:
         self.keep = pruning.select(self.scores(), self.costs, remove, self.keep, a.allocation, a.granularity, a.floor)
         self.sparsity = pruning.sparsity_of(self.keep, self.costs, self.total)
         if a.refit and self.sparsity > before:
-            with pruning.gram_matrices(self.model, self.blocks) as grams, torch.no_grad():
+            with pruning.gram_matrices(self.model, self.blocks) as grams, eval_utils.evaluating(self.model):
                 for batch in self.calibration:
                     with train_utils.autocast(self.model.device, a.precision):
                         self.model(**data.inputs_of(batch))
