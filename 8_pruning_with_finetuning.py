@@ -307,11 +307,11 @@ def main(argv=None) -> None:
     if args.dry_run:
         return
 
-    dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # the accuracy to hold, and the teacher
     settings = {name: value for name, value in vars(args).items() if name not in runs.NO_RESULT}
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
+            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # the accuracy to hold, the teacher
             runs.seed_everything(args.seed)
             model = load_classifier(dense_dir, split.label_names, args.dropout).to(device)
             with run.timed("teacher"):
