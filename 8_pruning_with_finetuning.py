@@ -307,7 +307,7 @@ def main(argv=None) -> None:
     if args.dry_run:
         return
 
-    settings = {name: value for name, value in vars(args).items() if name not in runs.NO_RESULT}
+    settings = {"script": Path(__file__).name} | {n: value for n, value in vars(args).items() if n not in runs.NO_RESULT}
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
@@ -328,7 +328,7 @@ def main(argv=None) -> None:
                     prune_once_(pruner, split, args, teacher)
             with run.timed("measuring"):  # what was saved, not what is in memory
                 layers = [block.shape for block in blocks_of(model)]
-                stage = {"script": Path(__file__).name, "asked": settings, "layers": layers}
+                stage = {"asked": settings, "layers": layers}
                 checkpoint.save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
                 in_memory = eval_utils.predict(model, split.validation, device)
                 reloaded = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
