@@ -131,11 +131,8 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
             os.replace(directory, aside)
         os.replace(beside, directory)
         shutil.rmtree(aside, ignore_errors=True)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # a full disk
-            raise UserError(f"{directory}: could not write the model ({error}). Free some space and run the same command again: "
-                            "what was already written is intact") from None  # fmt: skip
         raise
 
 

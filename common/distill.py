@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from common.runs import UserError
-
 
 def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
     """T^2 KL(teacher || student) of softened outputs, in nats a example, computed in fp32.
@@ -61,11 +59,6 @@ class Teacher:
             pass
         logits, features = compute()
         beside = path.with_name(f".{path.name}.new")
-        try:
-            save_file({"logits": logits.contiguous(), "features": features.contiguous()}, beside, metadata={"key": key})
-            os.replace(beside, path)
-        except (OSError, SafetensorError) as error:  # a full disk is the latter
-            beside.unlink(missing_ok=True)
-            raise UserError(f"{path}: could not be written ({error}). Free some space and run the same command again: what was "
-                            "already written is intact") from None  # fmt: skip
+        save_file({"logits": logits.contiguous(), "features": features.contiguous()}, beside, metadata={"key": key})
+        os.replace(beside, path)
         return cls(logits, features, device)

@@ -318,8 +318,6 @@ class Run:
             "environment": environment(),
             "timings": previous.get("timings", {}),
         }
-        for key in ("ended", "error"):  # of the attempt before
-            self.record.pop(key, None)
         self.save()
 
     def _move_aside(self) -> None:
