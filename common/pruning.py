@@ -54,8 +54,8 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     to the budget after the last head that still fits.
 
     scores, alive: (n,) a layer and kind; a group that is not alive stays removed and counts as removed.
-    allocation: "global" ranks all layers together, "uniform" removes the same share of every layer (and of its heads and
-    its neurons each).
+    allocation: "global" ranks all layers together, "uniform" removes the same share of every layer (and of its heads, as
+    near as whole heads come to it; neurons make up the rest).
     granularity: "multi" removes heads and neurons, "heads" or "neurons" only one kind.
     floor: the share of every layer's groups of a kind that is kept whatever the scores say, and never less than one.
     limit: the cost that may be gone with the last head [`remove`]. On the way to a target give the target: a schedule that
@@ -65,16 +65,7 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     """
     kinds = KINDS if granularity == "multi" else (granularity,)
     if allocation == "uniform":
-        keep = {kind: [mask.clone() for mask in alive[kind]] for kind in KINDS}
-        total = sum(cost * len(s) for kind in kinds for cost, s in zip(costs[kind], scores[kind], strict=True))
-        for kind in kinds:
-            for i, score in enumerate(scores[kind]):
-                n_keep = max(round(len(score) * (1 - min(remove / total, 1.0))), _floor(len(score), floor))
-                ranked = score.float().masked_fill(~alive[kind][i], -torch.inf)
-                keep[kind][i] = torch.zeros_like(alive[kind][i]).index_fill_(0, ranked.topk(n_keep).indices, True)
-                keep[kind][i] &= alive[kind][i]
-        return keep
-
+        return _select_uniform(scores, costs, remove, alive, kinds, floor, max(remove, limit or 0.0))
     pieces = [(kind, i) for kind in kinds for i in range(len(scores[kind]))]
     density, cost = [], []
     for kind, i in pieces:
@@ -102,6 +93,31 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     keep = {kind: [mask.clone() for mask in alive[kind]] for kind in KINDS}
     for (kind, i), part in zip(pieces, gone.split([len(scores[k][j]) for k, j in pieces]), strict=True):
         keep[kind][i] &= ~part.to(keep[kind][i].device)
+    return keep
+
+
+def _select_uniform(scores: Scores, costs: dict[str, list[float]], remove: float, alive: Keep, kinds: tuple[str, ...],
+                    floor: float, limit: float) -> Keep:  # fmt: skip
+    keep = {kind: [mask.clone() for mask in alive[kind]] for kind in KINDS}
+    whole = sum(cost * len(s) for kind in kinds for cost, s in zip(costs[kind], scores[kind], strict=True))
+    for i in range(len(keep["heads"])):
+        cost, n = {kind: costs[kind][i] for kind in kinds}, {kind: len(scores[kind][i]) for kind in kinds}
+        gone = {kind: int((~alive[kind][i]).sum()) for kind in kinds}
+        most = {kind: max(gone[kind], n[kind] - _floor(n[kind], floor)) for kind in kinds}
+        layer = sum(cost[kind] * n[kind] for kind in kinds) / whole  # of what is to go
+        for kind in kinds:
+            others = [other for other in kinds if other != kind]
+            if kind == "heads" and others:
+                affordable = (limit * layer - cost["neurons"] * gone["neurons"]) // cost[kind]
+                needed = -((cost["neurons"] * most["neurons"] - remove * layer) // cost[kind])
+                wanted = max(min(round(n[kind] * remove / whole), affordable), needed)
+            else:
+                left = remove * layer * (1 - 1e-12) - sum(cost[other] * gone[other] for other in others)
+                wanted = -(-left // cost[kind])
+            gone[kind] = min(max(gone[kind], int(wanted)), most[kind])
+            ranked = scores[kind][i].float().masked_fill(~alive[kind][i], -torch.inf)
+            best = ranked.topk(n[kind] - gone[kind]).indices
+            keep[kind][i] &= torch.zeros_like(alive[kind][i]).index_fill_(0, best, True)
     return keep
 
 
