@@ -154,7 +154,7 @@ def load_model(directory: Path, auto_class, **kwargs):
     try:
         config = AutoConfig.from_pretrained(directory)
         if getattr(config, "pruned_linears", None):
-            return getattr(modeling_pruned, config.architectures[0]).from_pretrained(directory, **kwargs)
+            auto_class = getattr(modeling_pruned, config.architectures[0])
         return auto_class.from_pretrained(directory, use_safetensors=True, **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory}: not loadable as {auto_class.__name__} ({str(error).splitlines()[0]}). "
