@@ -104,7 +104,8 @@ class Pruner:
     def prune_(self, sparsity: float, optimizer=None) -> None:
         """Select under the budget, refit the output projections to do without what goes, and set that to zero."""
         a, before, remove = self.args, self.sparsity, sparsity * self.total
-        self.keep = pruning.select(self.scores(), self.costs, remove, self.keep, a.allocation, a.granularity, a.floor)
+        self.keep = pruning.select(self.scores(), self.costs, remove, self.keep, a.allocation, a.granularity, a.floor,
+                                   a.target_sparsity * self.total)  # fmt: skip
         self.sparsity = pruning.sparsity_of(self.keep, self.costs, self.total)
         if a.refit and self.sparsity > before:
             with pruning.gram_matrices(self.model, self.blocks) as grams, eval_utils.evaluating(self.model):
