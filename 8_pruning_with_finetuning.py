@@ -312,7 +312,7 @@ def main(argv=None) -> None:
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
-            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # the teacher, and to be held against
+            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # the accuracy to hold
             runs.seed_everything(args.seed)
             model = load_classifier(dense_dir, split.label_names, args.dropout).to(device)
             with run.timed("teacher"):
