@@ -261,7 +261,7 @@ def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
             model = load_classifier(base.path, split.label_names, args.dropout).to(device)
             with run.timed("training"):
                 fit(model, tokenizer, split, args, run, args.dense_epochs, args.dense_learning_rate)
-            checkpoint.save_model(run.model_dir, load_classifier(run.dir / "best"), tokenizer)
+            checkpoint.save_model(run.model_dir, load_classifier(run.dir / "best"), tokenizer, earlier=base.path)
             checkpoint.drop(run.checkpoint_dir, run.dir / "best")
     return run.model_dir
 

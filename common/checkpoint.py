@@ -122,9 +122,9 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
             del config.auto_map
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        if stage is not None:
-            stages = compression_stages(earlier) if earlier else []
-            write_atomic(beside / "compression.json", json.dumps({"stages": [*stages, stage]}, indent=2, default=str) + "\n")
+        stages = [*(compression_stages(earlier) if earlier else []), *([] if stage is None else [stage])]
+        if stages:
+            write_atomic(beside / "compression.json", json.dumps({"stages": stages}, indent=2, default=str) + "\n")
         aside = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(aside, ignore_errors=True)
         if directory.exists():
