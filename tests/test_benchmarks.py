@@ -1,0 +1,82 @@
+"""The benchmarks run, at a size at which their numbers mean nothing, and their records say what they should."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+from common.runs import REPOSITORY
+
+WORDS = [f"w{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def overhead():
+    spec = importlib.util.spec_from_file_location("pruning_overhead", REPOSITORY / "benchmarks" / "pruning_overhead.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A random BERT and 300 labelled texts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=55, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=64, max_position_embeddings=128)  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    lines = [f"{' '.join(draw.choices(WORDS, k=draw.randint(2, 12)))} {i},{i % 2}" for i in range(300)]
+    (folder / "texts.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    return ["--task", folder / "texts.csv", "--model", folder / "model", "--data_dir", folder / "data", "--device", "cpu"]
+
+
+def test_pruning_overhead(overhead, flags, tmp_path, capsys):
+    overhead.main([*flags, "--fast", "--n_blocks", 1, "--n_batches", 1, "--n_examples", 24, "--results", tmp_path])
+    record = json.loads((tmp_path / "pruning_overhead.json").read_text(encoding="utf-8"))
+    assert set(record) == {"command", "environment", "settings", "assets", "measures", "presets", "seconds"}
+    assert record["settings"] == {"n_blocks": 1, "n_batches": 1, "n_examples": 24, "seed": 0}
+    rows = {row["measure"]: row for row in record["measures"]}
+    assert len(rows) == len(record["measures"])
+    for row in rows.values():
+        reached = {None: None, "most": row["value"] <= (row["target"] or 0), "least": row["value"] >= (row["target"] or 0)}
+        assert row["met"] is reached[row["at"]]
+    targets = {name: row["target"] for name, row in rows.items() if row["target"]}
+    assert targets["fast: scoring, selecting, masking, fisher"] == 0.03
+    assert targets["full: scoring, selecting, masking, l2+kd_gradient"] == targets["training: fast / full"] == 0.10
+    assert targets["fine-tuning: script / Trainer"] == 1.5
+
+    for preset in ("fast", "full"):
+        side = record["presets"][preset]
+        assert side["steps_of_pruning"] <= side["settings"]["gradient_window"]  # so that here every step is scored
+        seconds = {name: times["median"] for name, times in side["seconds"].items()}
+        own, plain = side["settings"]["importance"], seconds["step, plain"]
+        value = rows[f"{preset}: scoring, selecting, masking, {own}"]["value"]
+        n_prunings = 1  # with the last step, which comes before `prune_every` here
+        masking = seconds[f"pruning, {own}"] * n_prunings / (side["steps_of_pruning"] * plain)
+        assert value == pytest.approx(seconds[f"step, {own}"] / plain - 1 + masking)
+        assert rows[f"{preset}: a step scored by {own}"]["value"] == pytest.approx(seconds[f"step, {own}"] / plain)
+        assert side["seconds"][f"pruning with refitting, {own}"]["n"] == side["seconds"]["step, plain"]["n"] == 1
+        assert 0 <= rows[f"{preset}: padding"]["value"] < 1
+
+    shown = (tmp_path / "pruning_overhead.md").read_text(encoding="utf-8")
+    assert shown.count("| missed |") == sum(row["met"] is False for row in rows.values())
+    printed = capsys.readouterr().out
+    assert all(name in shown and name in printed for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "at", "met"),
+    [(0.03, 0.03, "most", True), (0.031, 0.03, "most", False), ([1.0, 1.5, 9.0], 1.5, "least", True),
+     ([1.0, 1.4, 9.0], 1.5, "least", False), (7.0, None, "most", None)],
+)  # fmt: skip
+def test_met_follows_from_value_and_target(overhead, values, target, at, met):
+    row = overhead.measure("x", values, "x", target, at)
+    assert row["met"] is met
+    assert overhead.lines_of([row])[1][-1] == {True: "yes", False: "missed", None: None}[met]
