@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.blocks import blocks_of
 from common.checkpoint import load_classifier
@@ -74,7 +75,8 @@ def macs_per_example(model, length: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    # the counter does not know the fused attention of CPUs, so attention is computed as plain products
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return counter.get_total_flops() // 2
 
@@ -221,9 +223,11 @@ def comparison(measured: dict[str, dict[str, float]]) -> list[list[str]]:
     for key, label, text, as_ratio in ROWS:
         if not any(key in values for values in measured.values()):
             continue
-        row = [label, text(measured[first][key]) if key in measured[first] else ""]
-        for name in others:
-            row += [text(measured[name][key]), f"{measured[name][key] / measured[first][key]:.2f}" if as_ratio else ""]
+        of_first, *values = (model.get(key) for model in measured.values())
+        row = [label, "" if of_first is None else text(of_first)]
+        for value in values:
+            both = as_ratio and value is not None and of_first
+            row += ["" if value is None else text(value), f"{value / of_first:.2f}" if both else ""]
         rows.append(row)
     return rows
 
