@@ -408,7 +408,8 @@ def stop_requests():
 def table(rows: list[list[Any]], markdown: bool = False) -> str:
     """Rows (the first is the header) as aligned text: the first column to the left, the others to the right."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    least = 2 if markdown else 0  # the rule of a column to the right is "-:" at least
+    widths = [max(least, *map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
              for row in cells]  # fmt: skip
     rule = ["-" * w for w in widths]
