@@ -22,7 +22,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,7 +268,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard: the package is missing. Run: pip install -r requirements-extra.txt") from None
-            self._writer = partial(SummaryWriter, str(self.dir / "tensorboard"))
+            self._writer = cache(partial(SummaryWriter, str(self.dir / "tensorboard")))  # made at the first use, once
         self.record: dict[str, Any] = {}
 
     @property
@@ -363,9 +363,9 @@ class Run:
                 rows.writerow(HISTORY)
             rows.writerows([step, phase, name, value] for name, value in metrics.items())
         if self._writer is not None:
-            with self._writer() as writer:
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
+            for name, value in metrics.items():
+                self._writer().add_scalar(name, value, step)
+            self._writer().flush()
 
     def rewind(self, step: int) -> None:
         """Drop the history after `step`: the run continues from there."""
