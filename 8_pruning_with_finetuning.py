@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ PRESETS = [
     ("refit", True, True, "re-solve the output projections by least squares when groups go"),
     ("learning_rate", 0.0, 0.0, "peak learning rate of pruning and recovery; 0: 0.06 / width of the model", (0, 10)),
     ("dense_epochs", 3, 2, "passes of the dense baseline, if one has to be made", (1, 10**4)),
+    ("dense_fraction", 1.0, 0.5, "share of the training data it is trained on", (1e-6, 1)),
     ("dense_learning_rate", 0.0, 0.0, "its peak learning rate; 0: 0.04 / width of the model", (0, 10)),
     ("dropout", 0.1, 0.0, "while training", (0, 0.99)),
     ("weight_decay", 0.01, 0.01, "of AdamW, on matrices", (0, 10)),
@@ -67,7 +69,6 @@ PRESETS = [
     ("n_selection", 2000, 2000, "training examples held out for selection, at most a tenth", (1, 10**9)),
 ]
 WEIGHT_SCORERS = {"l2": importance.l2_scores, "random": importance.random_scores}  # name -> function(blocks, generator)
-SCORERS = (*WEIGHT_SCORERS, *importance.RECORDED)
 
 
 class Pruner:
@@ -98,8 +99,8 @@ class Pruner:
 
     def scores(self):
         """One number a group: each scorer averaged over the window, then joined."""
-        at_once = [WEIGHT_SCORERS[name] for name in self.args.scorers if name in WEIGHT_SCORERS]
-        return importance.combine([*self.recorder.averages(), *(score(self.blocks, self.generator) for score in at_once)])
+        others = [WEIGHT_SCORERS[name](self.blocks, self.generator) for name in self.args.scorers if name in WEIGHT_SCORERS]
+        return importance.combine(self.recorder.averages() + others)
 
     def prune_(self, sparsity: float, optimizer=None) -> None:
         """Select under the budget, refit the output projections to do without what goes, and set that to zero."""
@@ -144,15 +145,14 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
 
     The best epoch is kept in best/. Only epochs after the cut count for it and for early stopping.
     """
-    device, train = model.device, split.train
+    device, train = train_utils.choose_attention_(model), split.train
     per_epoch = data.n_batches(train, args.batch_size)
     step, total, finished, losses = 0, n_epochs * per_epoch, False, []
     optimizer = train_utils.adamw(model, learning_rate, args.weight_decay)
     scaler = train_utils.grad_scaler(device, args.precision)
     stopping = train_utils.EarlyStopping(args.patience, args.min_delta)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "stopping": stopping}
-    if pruner:
-        parts["pruner"] = pruner
+    parts |= {"pruner": pruner} if pruner else {}
     state, warning = checkpoint.load_checkpoint(run.checkpoint_dir)
     if state:
         step, finished, losses = state["step"], state["finished"], [*state["losses"].to(device)]
@@ -251,7 +251,7 @@ def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
     """The dense model: the given one if it is a classifier of the task, else a baseline, fine-tuned once and kept."""
     if checkpoint.is_classifier_of(config, split.label_names):
         return base.path
-    used = ("assets", "seed", "train_fraction", "validation_fraction", "n_selection", "max_length", "batch_size", "precision",
+    used = ("assets", "seed", "dense_fraction", "validation_fraction", "n_selection", "max_length", "batch_size", "precision",
             "patience", "min_delta", "dense_epochs", "dense_learning_rate", "dropout", "weight_decay", "warmup",
             "device")  # fmt: skip
     with Run(args.out_dir, "dense", {name: getattr(args, name) for name in used}, wait=True) as run:
@@ -268,8 +268,7 @@ def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
 
 def print_plan(args, base, task, split, steps: int, model) -> None:
     heads, neurons = (sum(counts) for counts in group_counts(blocks_of(model)).values())
-    batches = data.bucketed(split.train.lengths, args.batch_size, np.random.default_rng(0))
-    padding = data.padding_share(split.train, batches)
+    padding = data.padding_share(split.train, data.bucketed(split.train.lengths, args.batch_size, np.random.default_rng(0)))
     memory = train_utils.training_memory(model, args.batch_size, int(split.train.lengths.max()), args.precision)
     prunings = [*range(args.prune_every, steps, args.prune_every), steps] if args.num_epochs else [steps]
     rise = [pruning.scheduled_sparsity(args.target_sparsity, step / steps, args.schedule) for step in prunings]
@@ -277,7 +276,7 @@ def print_plan(args, base, task, split, steps: int, model) -> None:
 task      {task.record["name"]} ({task.record["source"]}): {task.record.get("label_mapping") or ", ".join(split.label_names)}
 examples  {len(split.train):,} to train on, {len(split.selection):,} to select on, {len(split.validation):,} to be judged on
 tokens    {split.train.lengths.mean():.1f} an example, {split.train.n_truncated} cut at {args.max_length}; padding {padding:.1%}
-steps     {args.num_epochs} epochs of {len(batches):,}, batch {args.batch_size}, {args.precision}, {args.device}
+steps     {steps:,} to prune, of {args.num_epochs} epochs; batch {args.batch_size}, {args.precision}, {args.device}
 pruning   {args.importance}, {args.granularity}, {args.allocation}, in {args.budget}
 sparsity  {args.schedule}, {len(rise):,} prunings: {" ".join(f"{x:.3f}" for x in rise[:5])}{" ..." * (len(rise) > 5)}
 memory    about {memory / 2**20:,.0f} MiB for a step on the longest batch
@@ -286,7 +285,7 @@ memory    about {memory / 2**20:,.0f} MiB for a step on the longest batch
 
 def main(argv=None) -> None:
     args = runs.Parser(__doc__, PRESETS, shared=tuple(runs.SHARED_FLAGS)).parse_args(argv)
-    args.scorers = importance.parse_importance(args.importance, SCORERS)
+    args.scorers = importance.parse_importance(args.importance, (*WEIGHT_SCORERS, *importance.RECORDED))
     runs.quiet_transformers()
     device = runs.resolve_device(args.device)
     args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
@@ -301,8 +300,9 @@ def main(argv=None) -> None:
     args.dense_learning_rate = args.dense_learning_rate or 0.04 / shape.config.hidden_size
     pruning.check_target(blocks_of(shape), args.target_sparsity, args.granularity, args.floor, args.budget, args.max_length)
     tokenizer = data.load_tokenizer(base.path, shape.config)
-    split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.train_fraction,
-                                     args.validation_fraction, args.seed)  # fmt: skip
+    cut = (args.max_length, args.n_selection, args.validation_fraction, args.seed)
+    load = partial(data.load_classification, task.path, tokenizer, *cut)
+    split = load(args.train_fraction)
     steps = max(1, args.num_epochs * data.n_batches(split.train, args.batch_size) // 2)  # of the pruning phase
     print_plan(args, base, task, split, steps, shape)
     if args.dry_run:
@@ -312,13 +312,13 @@ def main(argv=None) -> None:
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
-            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # the accuracy to hold
+            # The dense model: the accuracy to hold, and the teacher
+            dense_dir = dense_classifier(args, base, shape.config, tokenizer, load(args.dense_fraction), device)
             runs.seed_everything(args.seed)
             model = load_classifier(dense_dir, split.label_names, args.dropout).to(device)
             with run.timed("teacher"):
-                teacher = distill.Teacher.cached(
-                    run.dir / "teacher.safetensors", runs.fingerprint(settings),
-                    lambda: eval_utils.predict(model, split.train, device, args.precision, features=True), device)  # fmt: skip
+                look = partial(eval_utils.predict, model, split.train, device, args.precision, features=True)
+                teacher = distill.Teacher.cached(run.dir / "teacher.safetensors", runs.fingerprint(settings), look, device)
             sample = split.train.subset(np.arange(min(512, len(split.train))))
             pruner = Pruner(model, args, steps, list(data.loader(sample, data.in_order(sample.lengths, 64), device)))
             with run.timed("pruning and recovery"):
@@ -333,8 +333,8 @@ def main(argv=None) -> None:
                 checkpoint.save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
                 in_memory = eval_utils.predict(model, split.validation, device)
                 reloaded = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
-                models = {"dense": dense_dir, "pruned": run.model_dir}
-                measured = eval_utils.measure_classifiers(models, split.validation, device)
+                dirs = {"dense": dense_dir, "pruned": run.model_dir}
+                measured = eval_utils.measure_classifiers(dirs, split.validation, device)
             measured["pruned"]["sparsity_asked"] = args.target_sparsity
             run.record |= {"metrics": measured, "reload_difference": float((reloaded - in_memory).abs().max()),
                            "layers": layers, "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip

@@ -87,8 +87,8 @@ class Side:
         a = runs.Parser(script.__doc__, script.PRESETS, ("seed", "compile", "save_every")).parse_args(flags)
         a.precision = train_utils.resolve_precision(a.precision, device)
         self.script, self.args, self.tokenizer, self.device, self.n_blocks = script, a, tokenizer, device, n_blocks
-        self.split = data.load_classification(task, tokenizer, a.max_length, a.n_selection, a.train_fraction,
-                                              a.validation_fraction, a.seed)  # fmt: skip
+        self.split = data.load_classification(task, tokenizer, a.max_length, a.n_selection, a.validation_fraction,
+                                              a.seed, a.train_fraction)  # fmt: skip
         train, lengths = self.split.train, self.split.train.lengths
         batches = data.bucketed(lengths, a.batch_size, np.random.default_rng(a.seed))
         self.padding, self.per_epoch = data.padding_share(train, batches), len(batches)

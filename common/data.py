@@ -157,9 +157,10 @@ class ClassificationData(NamedTuple):
     label_names: list[str]
 
 
-def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection: int, train_fraction: float,
-                        selection_fraction: float, seed: int) -> ClassificationData:  # fmt: skip
-    """A prepared task, tokenised. The selection slice is the same whatever fraction of the rest is trained on.
+def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection: int, selection_fraction: float, seed: int,
+                        train_fraction: float) -> ClassificationData:  # fmt: skip
+    """A prepared task, tokenised. The selection slice is the same whatever fraction of the rest is trained on, and a smaller
+    fraction is a part of a larger one.
 
     n_selection: examples to hold out, at most a tenth of the training data; `selection_fraction` of them are scored.
     """

@@ -43,6 +43,15 @@ def autocast(device: torch.device, precision: str):
         yield
 
 
+def choose_attention_(model) -> torch.device:
+    """Plain matrix products on CPUs, SDPA elsewhere: SDPA's CPU kernel is the slower one on short sequences. The device.
+
+    What is gained is in benchmarks/pruning_overhead.py. Nothing of it is saved with the model.
+    """
+    model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
+    return model.device
+
+
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Loss scaling for fp16; does nothing otherwise."""
     return torch.amp.GradScaler(device.type, enabled=precision == "16-mixed")

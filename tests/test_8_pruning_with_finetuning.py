@@ -244,6 +244,16 @@ def test_the_dense_baseline_is_made_once(script, base, tmp_path, capsys):
     assert len(list((tmp_path / "dense").glob("[!.]*"))) == 2
 
 
+def test_curves_for_tensorboard(script, quick, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, _ = run(script, [*quick, "--num_epochs", 2, "--tensorboard"], tmp_path)
+    (events,) = (folder / "tensorboard").iterdir()
+    found = event_accumulator.EventAccumulator(str(events)).Reload()
+    for metric in ("sparsity", "loss", "selection_accuracy"):
+        expected = [(int(step), float(value)) for step, _, name, value in curves(folder)[1:] if name == metric]
+        assert [(event.step, event.value) for event in found.Scalars(metric)] == [(s, pytest.approx(v)) for s, v in expected]
+
+
 # ------------------------------------------------------------------------------------------------------ killed, and again
 
 
@@ -354,6 +364,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(moment, script, base, killed, u
     assert record["status"] == "finished"
     for place in (folder, dense):
         assert sorted(path.name for path in place.iterdir()) == ["history.csv", "model", "run.json"]
+
+
+@pytest.mark.parametrize(("flags", "moment"), [
+    (["--num_epochs", 3], "pruning, a step"),  # the cut is in the middle of an epoch, and the kill behind it
+    (["--num_epochs", 6, "--patience", 1, "--min_delta", 1], "measuring"),  # it had stopped early
+    (["--num_epochs", 0], "measuring"),
+])  # fmt: skip
+def test_other_schedules_that_are_killed(flags, moment, script, base, killed, tmp_path):
+    argv = [*base, *flags]
+    reference, _ = run(script, argv, tmp_path / "reference")
+    killed(moment, [*argv, "--out_dir", tmp_path / "killed"])
+    folder, record = run(script, argv, tmp_path / "killed")
+    assert weights(folder) == weights(reference) and record["reload_difference"] == 0
+    if "0" not in map(str, flags):
+        assert curves(folder) == curves(reference)
 
 
 def test_killed_over_and_over_in_fast_mode(script, base, killed, tmp_path):

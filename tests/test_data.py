@@ -158,7 +158,7 @@ def task(tmp_path):
 
 def test_the_selection_slice_does_not_depend_on_what_is_trained_on(task, tokenizer):
     def load(n_selection=50, train=1.0, selection=1.0, seed=0):
-        return data.load_classification(task(400), tokenizer, 8, n_selection, train, selection, seed)
+        return data.load_classification(task(400), tokenizer, 8, n_selection, selection, seed, train)
 
     def texts(split):
         return [tuple(example) for example in examples(split)]
@@ -177,7 +177,7 @@ def test_the_selection_slice_does_not_depend_on_what_is_trained_on(task, tokeniz
 
 @pytest.mark.parametrize("n_train", [2, 3, 9, 10])
 def test_a_tiny_task_still_has_something_to_train_and_to_select_on(task, tokenizer, n_train):
-    split = data.load_classification(task(n_train), tokenizer, 8, 2000, 0.3, 0.5, seed=0)
+    split = data.load_classification(task(n_train), tokenizer, 8, 2000, 0.5, 0, train_fraction=0.3)
     assert len(split.selection) == 1 and len(split.train) == max(1, round((n_train - 1) * 0.3))
 
 
