@@ -133,7 +133,8 @@ class GateRecorder:
             if "activation" in self.wanted:
                 self._parts["activation"][i] = self._energy(i, x.detach())
             if x.requires_grad and {"taylor", "fisher"} & set(self.wanted):
-                x.register_hook(lambda grad: self._note_gradient(i, x.detach(), grad))
+                values = x.detach()  # a hook that held x itself would keep both alive for ever
+                x.register_hook(lambda grad: self._note_gradient(i, values, grad))
 
         return hook
 

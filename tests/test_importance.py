@@ -1,6 +1,8 @@
 """Scores against gates that are really multiplied in, in float64, one example at a time and without its padding."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -189,6 +191,19 @@ def test_hooks_are_gone_after_an_exception():
     with pytest.raises(RuntimeError), recorder.recording():
         recorder.curvature(logits, logits, 2.0, torch.Generator())  # without a forward inside
     assert recorder._watch
+
+
+def test_a_scored_step_leaves_no_tensor_behind():
+    """A hook that holds the tensor it hangs on is never collected, and neither is the tensor."""
+    model = double_model("bert")
+    recorder = GateRecorder(model, blocks_of(model), ("taylor", "fisher", "activation"))
+    seen = []
+    for reader, _ in readers_of(model):
+        reader.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    with recorder.recording():
+        mean_loss(model(**batch()).logits).backward()
+    gc.collect()
+    assert len(seen) == 6 and not any(ref() is not None for ref in seen)
 
 
 def test_a_model_called_without_a_mask_has_no_padding():
