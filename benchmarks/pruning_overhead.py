@@ -180,15 +180,17 @@ class Side:
             rows.append(measure(f"{preset}: scoring, selecting, masking, {name}", overheads[name], "%", target))
         refitting = median(self.seconds[f"pruning with refitting, {a.importance}"]) - median(pruned)
         added = self.steps * overheads[a.importance] * mean(plain) + a.refit * refitting * n_prunings
-        seconds = (a.dense_epochs + a.num_epochs) * self.per_epoch * mean(plain) + added
+        epochs = a.dense_epochs * a.dense_fraction / a.train_fraction + a.num_epochs  # of the data that pruning sees
+        seconds = epochs * self.per_epoch * mean(plain) + added
         return [*rows, measure(f"{preset}: refitting, apart", refitting * each_pruning, "%"),
                 measure(f"{preset}: padding", self.padding, "%", 0.10),
                 measure(f"{preset}: training, estimated", seconds, "s")]  # fmt: skip
 
 
 def fine_tuning(side: Side, base: Path, n_blocks: int, n_examples: int) -> dict[str, list[float]]:
-    """Examples a second of an epoch, for the script, Trainer and Trainer at the script's settings; one for each block."""
-    a, names, rates = side.args, side.split.label_names, {"script": [], "Trainer": [], "Trainer, same settings": []}
+    """Examples a second of an epoch, one for each block: the script, itself with SDPA, Trainer, Trainer at its settings."""
+    a, names = side.args, side.split.label_names
+    rates = {"script": [], "script with SDPA": [], "Trainer": [], "Trainer, same settings": []}
     same = {"per_device_train_batch_size": a.batch_size, "bf16": a.precision == "bf16-mixed", "fp16": a.precision == "16-mixed"}
 
     def trainer(train: data.Split, dropout: float | None, **settings) -> float:
@@ -205,10 +207,11 @@ def fine_tuning(side: Side, base: Path, n_blocks: int, n_examples: int) -> dict[
     n_examples = min(n_examples, len(side.split.train) // n_blocks)
     for block in tqdm(range(n_blocks), "fine-tuning", leave=False):
         train = side.split.train.subset(np.arange(block * n_examples, (block + 1) * n_examples))
-        model = checkpoint.load_classifier(base, names, a.dropout).to(side.device)
-        with alone() as run:
-            side.script.fit(model, side.tokenizer, side.sample._replace(train=train), a, run, 1, 1e-4)
-        rates["script"].append(run.log.call_args.kwargs["examples_per_second"])
+        for name, choose in (("script", train_utils.choose_attention_), ("script with SDPA", lambda model: model.device)):
+            model = checkpoint.load_classifier(base, names, a.dropout).to(side.device)
+            with alone() as run, patch.object(train_utils, "choose_attention_", choose):
+                side.script.fit(model, side.tokenizer, side.sample._replace(train=train), a, run, 1, 1e-4)
+            rates[name].append(run.log.call_args.kwargs["examples_per_second"])
         rates["Trainer"].append(trainer(train, None))
         rates["Trainer, same settings"].append(trainer(train, a.dropout, **same))
     return rates
@@ -257,7 +260,7 @@ def main(argv=None) -> None:
     rows += [measure(f"fine-tuning: {name}", values, "examples/s") for name, values in rates.items()]
     for name in list(rates)[1:]:
         ratios = [ours / theirs for ours, theirs in zip(rates["script"], rates[name], strict=True)]
-        rows.append(measure(f"fine-tuning: script / {name}", ratios, "x", 1.5, "least"))
+        rows.append(measure(f"fine-tuning: script / {name}", ratios, "x", 1.5 if "Trainer" in name else None, "least"))
     record = {
         "command": shlex.join(["python", "benchmarks/pruning_overhead.py", *map(str, sys.argv[1:] if argv is None else argv)]),
         "environment": runs.environment() | {"device": str(device)},
