@@ -128,13 +128,14 @@ def test_nothing_to_remove_and_everything():
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_what_is_gone_stays_gone_and_counts(allocation):
-    """Scores change between prunings; dead groups score best of all here."""
+@pytest.mark.parametrize("weight", [1, 0])
+def test_what_is_gone_stays_gone_and_counts(allocation, weight):
+    """Scores change between prunings; dead groups score best of all here, the others at random or zero."""
     scores, costs, alive = problem()
     total = whole_cost(costs, alive)
     for i, sparsity in enumerate((0.1, 0.2, 0.2, 0.35, 0.6)):
         scores, _, _ = problem(seed=i + 1)
-        scores = {kind: [s + 1e3 * ~a for s, a in zip(scores[kind], alive[kind], strict=True)] for kind in KINDS}
+        scores = {kind: [s * weight + 1e3 * ~a for s, a in zip(scores[kind], alive[kind], strict=True)] for kind in KINDS}
         keep = select(scores, costs, sparsity * total, alive, allocation)
         assert not (flat(keep) & ~flat(alive)).any()
         if allocation == "global":
