@@ -319,7 +319,7 @@ def main(argv=None) -> None:
             with run.timed("teacher"):
                 look = partial(eval_utils.predict, model, split.train, device, args.precision, features=True)
                 teacher = distill.Teacher.cached(run.dir / "teacher.safetensors", runs.fingerprint(settings), look, device)
-            sample = split.train.subset(np.arange(min(512, len(split.train))))
+            sample = split.train.subset(np.arange(min(1024 if args.num_epochs else 2048, len(split.train))))
             pruner = Pruner(model, args, steps, list(data.loader(sample, data.in_order(sample.lengths, 64), device)))
             with run.timed("pruning and recovery"):
                 if args.num_epochs:

@@ -104,7 +104,7 @@ class Side:
         self.model = checkpoint.load_classifier(base, self.split.label_names, a.dropout).to(device)
         outputs = eval_utils.predict(self.model, self.sample.train, device, a.precision, features=True)
         self.teacher = distill.Teacher(*outputs, device)
-        some = train.subset(np.arange(min(512, len(train))))  # as the script does
+        some = train.subset(np.arange(min(1024, len(train))))  # as the script does
         calibration = list(data.loader(some, data.in_order(some.lengths, 64), device))
         self.pruners = {}
         for scorer, granularity in [("fisher", "multi"), ("taylor", "multi"), (a.importance, "multi"), (a.importance, "heads")]:

@@ -47,7 +47,8 @@ def save_checkpoint(directory: Path, parts: dict[str, Any], **state: Any) -> Non
 def load_checkpoint(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The newest whole checkpoint and, if a damaged one had to be passed over, a warning. (None, None) where there is none.
 
-    Changes nothing: build what has to be built, then `restore_`. UserError when all are damaged.
+    Build what has to be built, then `restore_`. A damaged file is put aside, so that it never takes the place of a whole
+    one. UserError when all are damaged.
     """
     damaged = []
     for name in ("last.pt", "previous.pt"):
@@ -59,6 +60,8 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, Any] | None, str | None]
         except Exception as error:  # what a damaged archive raises is not documented: RuntimeError, EOFError, pickle errors
             damaged.append(f"{path} is damaged ({type(error).__name__})")
             continue
+        if damaged:
+            os.replace(directory / "last.pt", directory / "damaged.pt")
         return state, f"{'; '.join(damaged)}; continuing from {name}" if damaged else None
     if damaged:
         raise UserError(f"{'; '.join(damaged)}. Use --resume never to start anew (what is there is moved aside)")

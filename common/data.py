@@ -175,11 +175,17 @@ def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection:
     return ClassificationData(train, selection, validation, label_names(task_dir))
 
 
-def check_length(config, max_length: int) -> None:
-    """UserError when a model's position embeddings do not reach `max_length`."""
+def n_positions(config) -> int | None:
+    """The longest sequence that a model's position embeddings reach; None where the config names no end."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in ("roberta", "xlm-roberta"):
         positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding index
+    return positions
+
+
+def check_length(config, max_length: int) -> None:
+    """UserError when a model's position embeddings do not reach `max_length`."""
+    positions = n_positions(config)
     if not 3 <= max_length <= (positions or max_length):
         raise UserError(f"--max_length {max_length}: this {config.model_type} model has {positions} positions; "
                         f"expected 3 to {positions}")  # fmt: skip

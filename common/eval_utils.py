@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.blocks import blocks_of
 from common.checkpoint import load_classifier
-from common.data import Split, in_order, inputs_of, loader
+from common.data import Split, in_order, inputs_of, loader, n_positions
 from common.train_utils import autocast
 
 
@@ -180,6 +180,7 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
     process on such a batch; for all but the first, sparsity: the share of the first's block parameters that is gone.
     """
     models = {name: load_classifier(path).to(device) for name, path in model_dirs.items()}
+    length = min([length, *(n_positions(model.config) or length for model in models.values())])
     times = latency(models, batch_size, length, device)
     measured = {
         name: {
