@@ -30,9 +30,9 @@ WORDS = [f"w{i}" for i in range(100)]
 TINY = {"vocab_size": 105, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
         "max_position_embeddings": 70, "initializer_range": 0.1}  # fmt: skip
 DENSE_STEPS = 45  # of the flags below: 15 an epoch
-FLAGS = ["--max_length", 16, "--batch_size", 16, "--train_fraction", 1, "--dense_epochs", 3, "--num_epochs", 4, "--patience", 9,
-         "--learning_rate", 0.005, "--dense_learning_rate", 0.01, "--prune_every", 5, "--gradient_window", 3, "--dropout", 0.1,
-         "--min_delta", 0]  # fmt: skip
+FLAGS = ["--max_length", 16, "--batch_size", 16, "--train_fraction", 1, "--dense_fraction", 1, "--dense_epochs", 3,
+         "--num_epochs", 4, "--patience", 9, "--min_delta", 0, "--learning_rate", 0.005, "--dense_learning_rate", 0.01,
+         "--prune_every", 5, "--gradient_window", 3, "--dropout", 0.1, "--device", "cpu"]  # fmt: skip
 
 
 def load_script(path=SCRIPT, name="script_8"):
@@ -173,7 +173,7 @@ def test_a_run_and_its_record(script, base, tiny, tmp_path, capsys):
     folder, record = run(script, [*base, "--target-sparsity=0.4", "--seed", 3], tmp_path)
     printed = capsys.readouterr().out
     assert record["status"] == "finished" and record["config"]["target_sparsity"] == 0.4 and record["config"]["seed"] == 3
-    assert record["config"]["scorers"] == ["l2", "kd_gradient"] and record["config"]["device"] in ("cpu", "cuda", "mps")
+    assert record["config"]["scorers"] == ["l2", "kd_gradient"] and record["config"]["device"] == "cpu"
     assert record["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["command"].startswith("python ")
     assert {asset["source"] for asset in record["config"]["assets"]} == {"local"}
@@ -423,7 +423,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(experiment, step, number, script, ba
     shown = capsys.readouterr().err.splitlines()[-1]
     total = 45 if experiment == "dense" else 60
     assert shown == f"interrupted. The same command goes on from step {step} of {total} ({folder})"
-    assert read_json(folder / "run.json")["status"] == "interrupted"
+    assert read_json(folder / "run.json")["status"] == read_json(only_run(tmp_path) / "run.json")["status"] == "interrupted"
     folder, record = run(script, base, tmp_path)
     assert f"resumed at step {step} of" in capsys.readouterr().out
     assert record["status"] == "finished"
@@ -783,7 +783,7 @@ def test_a_dry_run_writes_nothing(script, base, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert re.search(r"bert \(local\), 8 heads, 128 neurons", plan) and "bad -> 0, good -> 1" in plan
     assert re.search(r"232 to train on, 25 to select on, 43 to be judged on", plan)
-    assert re.search(r"4 epochs of 15, batch 16, 32, ", plan)
+    assert re.search(r"30 to prune, of 4 epochs; batch 16, 32, ", plan)
     assert re.search(r"cubic, 6 prunings: 0.211 0.352 0.438 0.481 0.498 ...", plan) and "MiB" in plan
 
 
