@@ -133,6 +133,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
     assert state["step"] == 1 and "last.pt is damaged" in warning and "continuing from previous.pt" in warning
     (tmp_path / "last.pt").write_bytes(b"")
     assert load_checkpoint(tmp_path)[0]["step"] == 1
+    assert (tmp_path / "damaged.pt").exists() and not (tmp_path / "last.pt").exists()  # out of the way of the next one
+    (tmp_path / "last.pt").write_bytes(b"")
     cut(tmp_path / "previous.pt")
     with pytest.raises(UserError, match=r"last.pt is damaged.*previous.pt is damaged.*--resume never"):
         load_checkpoint(tmp_path)
