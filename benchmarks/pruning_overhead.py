@@ -31,7 +31,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import defaultdict
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import mean, median
 from unittest.mock import MagicMock, patch
@@ -207,9 +207,11 @@ def fine_tuning(side: Side, base: Path, n_blocks: int, n_examples: int) -> dict[
     n_examples = min(n_examples, len(side.split.train) // n_blocks)
     for block in tqdm(range(n_blocks), "fine-tuning", leave=False):
         train = side.split.train.subset(np.arange(block * n_examples, (block + 1) * n_examples))
-        for name, choose in (("script", train_utils.choose_attention_), ("script with SDPA", lambda model: model.device)):
+        as_is, sdpa = (train_utils.choose_attention_, train_utils.sdpa_kernel), (lambda model: model.device, nullcontext)
+        for name, (choose, kernel) in (("script", as_is), ("script with SDPA", sdpa)):
             model = checkpoint.load_classifier(base, names, a.dropout).to(side.device)
-            with alone() as run, patch.object(train_utils, "choose_attention_", choose):
+            with (alone() as run, patch.object(train_utils, "choose_attention_", choose),
+                  patch.object(train_utils, "sdpa_kernel", kernel)):  # fmt: skip
                 side.script.fit(model, side.tokenizer, side.sample._replace(train=train), a, run, 1, 1e-4)
             rates[name].append(run.log.call_args.kwargs["examples_per_second"])
         rates["Trainer"].append(trainer(train, None))
