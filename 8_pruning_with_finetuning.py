@@ -4,12 +4,11 @@
     python 8_pruning_with_finetuning.py                              the full preset
     python 8_pruning_with_finetuning.py --fast --num_epochs 0        prune once, without any training
 
-Method: the score of a group (a head, a neuron) is what its gate does to the loss, for all groups at once and for each
-example apart (Fisher: arXiv 2204.09656; here also the curvature of the distillation loss, which needs no label). In the
-first half of training the sparsity rises to its target on a cubic schedule (arXiv 1710.01878) under one global budget;
-groups are zeroed and stay zero. Then the model is cut: smaller matrices, not masks. The second half trains the small model
-against the dense one's cached outputs. The dense model is the given one or, if that is no classifier of the task yet, a
-baseline fine-tuned first and kept under out/dense.
+Method: the score of a group (a head, a neuron) is what its gate does to the loss, for all groups at once and each example
+apart (Fisher: arXiv 2204.09656; here also the curvature of the distillation loss, which needs no label). In the first half of
+training sparsity rises on a cubic schedule (arXiv 1710.01878) under one global budget; groups are zeroed and stay zero. Then
+the model is cut: smaller matrices, not masks. The second half trains it against the dense model's cached outputs. The dense
+model is the given one or, if that is no classifier of the task yet, a baseline fine-tuned first and kept under out/dense.
 
 Reads a prepared task and model (1_prepare_data.py; prepares what is missing). Writes out/prune/<run>/: model/, which stock
 transformers loads, run.json, history.csv; checkpoint/ and best/ while it runs. Killed? The same command goes on. What to
@@ -33,9 +32,8 @@ from common.blocks import blocks_of, group_costs, group_counts, total_cost
 from common.checkpoint import load_classifier, outline
 from common.runs import Run, table
 
-# The guide's fast mode gives up scoring by the distillation loss, and heads and neurons together, because they cost it 2x
-# and 5x of a step. Here they are almost free (benchmarks/pruning_overhead.py) and buy accuracy
-# (benchmarks/pruning_frontier.py), so fast keeps them on; it leaves the weights' norms out of the score, which only blur it.
+# The guide's fast mode gives up distillation scores, and heads and neurons together: they cost it 2x and 5x of a step. Here
+# they are almost free (benchmarks/pruning_overhead.py), so fast keeps them; it leaves the norms, which blur the score, out.
 PRESETS = [
     # flag, full, fast, meaning, limits
     ("num_epochs", 8, 4, "passes over the training data, half to prune, half to recover; 0: prune once, untouched", (0, 10**4)),
@@ -45,6 +43,7 @@ PRESETS = [
     ("max_length", 128, 64, "tokens that an example is cut to"),
     ("prune_every", 40, 100, "steps between two prunings", (1, 10**9)),
     ("gradient_window", 50, 20, "latest steps whose scores a pruning averages", (1, 10**6)),
+    ("score_every", 5, 1, "of these, every n-th is scored", (1, 10**6)),
     ("importance", "l2+kd_gradient", "kd_gradient", "l2, taylor, fisher, kd_gradient, activation, random; joined by +"),
     ("granularity", "multi", "multi", "groups that may go", ("multi", "heads", "neurons")),
     ("precision", "32", "auto", "auto: fp16 on CUDA, bf16 on CPUs that have it, else 32", train_utils.PRECISIONS),
@@ -55,7 +54,7 @@ PRESETS = [
     ("allocation", "global", "global", "one budget for all layers, or the same share of each", ("global", "uniform")),
     ("budget", "parameters", "parameters", "what a group costs", ("parameters", "macs")),
     ("floor", 0.02, 0.02, "share of every layer's heads and neurons that stays, at least one", (0, 1)),
-    ("refit", True, True, "re-solve the output projections by least squares when groups go"),
+    ("refit", False, True, "re-solve the output projections by least squares at each pruning"),
     ("learning_rate", 0.0, 0.0, "peak learning rate of pruning and recovery; 0: 0.06 / width of the model", (0, 10)),
     ("dense_epochs", 3, 2, "passes of the dense baseline, if one has to be made", (1, 10**4)),
     ("dense_fraction", 1.0, 0.5, "share of the training data it is trained on", (1e-6, 1)),
@@ -81,13 +80,14 @@ class Pruner:
         self.total = total_cost(self.blocks, args.budget, args.max_length)
         self.keep = pruning.keep_all(self.blocks)
         recorded = tuple(name for name in args.scorers if name in importance.RECORDED)
-        self.recorder = importance.GateRecorder(model, self.blocks, recorded, args.gradient_window)
+        n_scored = -(-args.gradient_window // (args.score_every if args.num_epochs else 1))
+        self.recorder = importance.GateRecorder(model, self.blocks, recorded, n_scored)
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def records(self, step: int) -> bool:
-        """Whether `step` (from 1) is one of the last `gradient_window` steps before a pruning."""
-        ahead = min(-step % self.args.prune_every, self.steps - step)
-        return bool(self.recorder.wanted) and not self.cut and ahead < self.args.gradient_window
+        """Whether `step` (from 1) is one of the last `gradient_window` steps before a pruning, and its turn to be scored."""
+        ahead, a = min(-step % self.args.prune_every, self.steps - step), self.args
+        return bool(self.recorder.wanted) and not self.cut and ahead < a.gradient_window and ahead % a.score_every == 0
 
     def record(self, logits, teacher_logits, loss, scaler=None) -> None:
         """The backward of a recorded step, and its scores into the window."""
