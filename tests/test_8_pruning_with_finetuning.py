@@ -193,8 +193,10 @@ def test_a_run_and_its_record(script, base, tiny, tmp_path, capsys):
     assert {row[1] for row in rows[1:]} == {"pruning", "recovery"}
     rise = [(int(step), float(value)) for step, _, metric, value in rows if metric == "sparsity"]
     assert [step for step, _ in rise] == [5, 10, 15, 20, 25, 30]
+    head = (4 * 32 * 8 + 3 * 8) / (2 * (4 * 32 * 33 + 2 * 32 * 64 + 64 + 32))  # of the budget; may go a step early, whole
     for step, sparsity in rise:
-        assert sparsity == pytest.approx(0.4 * (1 - (1 - step / 30) ** 3), abs=0.01)
+        scheduled = 0.4 * (1 - (1 - step / 30) ** 3)
+        assert scheduled - 1e-9 <= sparsity <= min(scheduled + head, 0.41)
     judged = [int(step) for step, _, metric, _ in rows if metric == "selection_accuracy"]
     assert judged == [15, 30, 45, 60]
 
@@ -770,7 +772,7 @@ def test_calibration_sees_the_model_without_dropout(script, quick, tmp_path, mon
         hook.remove()
 
     monkeypatch.setattr(script.pruning, "gram_matrices", gram_matrices)
-    run(script, [*quick, "--num_epochs", 1], tmp_path)
+    run(script, [*quick, "--num_epochs", 1, "--refit"], tmp_path)
     assert modes and not any(modes)
 
 

@@ -54,13 +54,15 @@ def test_pruning_overhead(overhead, flags, tmp_path, capsys):
 
     for preset in ("fast", "full"):
         side = record["presets"][preset]
-        assert side["steps_of_pruning"] <= side["settings"]["gradient_window"]  # so that here every step is scored
+        assert side["steps_of_pruning"] <= side["settings"]["gradient_window"]  # so that here no step is outside of it
         seconds = {name: times["median"] for name, times in side["seconds"].items()}
         own, plain = side["settings"]["importance"], seconds["step, plain"]
         value = rows[f"{preset}: scoring, selecting, masking, {own}"]["value"]
         n_prunings = 1  # with the last step, which comes before `prune_every` here
         masking = seconds[f"pruning, {own}"] * n_prunings / (side["steps_of_pruning"] * plain)
-        assert value == pytest.approx(seconds[f"step, {own}"] / plain - 1 + masking)
+        steps, every = side["steps_of_pruning"], side["settings"]["score_every"]
+        scored = len(range(steps, 0, -every)) / steps  # of the steps, counted back from the one that prunes
+        assert value == pytest.approx(scored * (seconds[f"step, {own}"] / plain - 1) + masking)
         assert rows[f"{preset}: a step scored by {own}"]["value"] == pytest.approx(seconds[f"step, {own}"] / plain)
         assert side["seconds"][f"pruning with refitting, {own}"]["n"] == side["seconds"]["step, plain"]["n"] == 1
         assert 0 <= rows[f"{preset}: padding"]["value"] < 1
