@@ -139,7 +139,7 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    dense = statistics.mean(row["dense_accuracy"] for row in rows)
+    dense = statistics.mean({row["seed"]: row["dense_accuracy"] for row in rows}.values())
     axes.axhline(dense, color="0.5", linestyle=":", linewidth=1)
     axes.annotate("dense", (1.0, dense), textcoords="offset points", xytext=(0, 5), color="0.35")
     curves = [("kd_gradient", True, "C0", "pruned while training, --fast"),
