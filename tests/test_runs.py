@@ -402,11 +402,11 @@ def test_table_by_hand():
 IMPORTS = """
 import importlib, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
-root = pathlib.Path(sys.argv[1])
+root, handler = pathlib.Path(sys.argv[1]), signal.getsignal(signal.SIGINT)
 for path in [*sorted(root.glob("common/*.py")), *sorted(root.glob("*.py"))]:
     importlib.import_module(f"common.{path.stem}" if path.parent.name == "common" else path.stem)
 import torch
-assert not torch.cuda.is_initialized() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert not torch.cuda.is_initialized() and signal.getsignal(signal.SIGINT) is handler
 """
 
 
