@@ -38,7 +38,7 @@ PRESETS = [
     # flag, full, fast, meaning, limits
     ("num_epochs", 8, 4, "passes over the training data, half to prune, half to recover; 0: prune once, untouched", (0, 10**4)),
     ("batch_size", 32, 64, "examples per optimizer step", (1, 10**6)),
-    ("train_fraction", 1.0, 0.3, "share of the training data used", (1e-6, 1)),
+    ("train_fraction", 1.0, 0.3, "share of the training data in an epoch; the next one takes other examples", (1e-6, 1)),
     ("validation_fraction", 1.0, 0.5, "share of the held-out slice of the training data scored at each epoch", (1e-6, 1)),
     ("max_length", 128, 64, "tokens that an example is cut to"),
     ("prune_every", 40, 100, "steps between two prunings", (1, 10**9)),
@@ -57,7 +57,7 @@ PRESETS = [
     ("refit", False, True, "re-solve the output projections by least squares at each pruning"),
     ("learning_rate", 0.0, 0.0, "peak learning rate of pruning and recovery; 0: 0.06 / width of the model", (0, 10)),
     ("dense_epochs", 3, 2, "passes of the dense baseline, if one has to be made", (1, 10**4)),
-    ("dense_fraction", 1.0, 0.5, "share of the training data it is trained on", (1e-6, 1)),
+    ("dense_fraction", 1.0, 0.5, "share of the training data in each of them", (1e-6, 1)),
     ("dense_learning_rate", 0.0, 0.0, "its peak learning rate; 0: 0.04 / width of the model", (0, 10)),
     ("dropout", 0.1, 0.0, "while training", (0, 0.99)),
     ("weight_decay", 0.01, 0.01, "of AdamW, on matrices", (0, 10)),
@@ -67,14 +67,15 @@ PRESETS = [
     ("temperature", 2.0, 2.0, "of distillation", (0.01, 1000)),
     ("n_selection", 2000, 2000, "training examples held out for selection, at most a tenth", (1, 10**9)),
 ]
+N_CALIBRATION = 2048  # examples that the refit looks at where nothing is trained, half of them where training follows
 WEIGHT_SCORERS = {"l2": importance.l2_scores, "random": importance.random_scores}  # name -> function(blocks, generator)
 
 
 class Pruner:
     """Removes groups from a model in training: scores the steps of a window, prunes at its end, up to the target."""
 
-    def __init__(self, model, args, steps: int, calibration: list[dict]):
-        self.model, self.args, self.steps, self.calibration = model, args, steps, calibration
+    def __init__(self, model, args, steps: int, teacher, calibration: list[dict]):
+        self.model, self.args, self.steps, self.teacher, self.calibration = model, args, steps, teacher, calibration
         self.blocks, self.sparsity, self.cut = blocks_of(model), 0.0, False
         self.costs = group_costs(self.blocks, args.budget, args.max_length)
         self.total = total_cost(self.blocks, args.budget, args.max_length)
@@ -109,10 +110,12 @@ class Pruner:
                                    a.target_sparsity * self.total)  # fmt: skip
         self.sparsity = pruning.sparsity_of(self.keep, self.costs, self.total)
         if a.refit and self.sparsity > before:
-            with pruning.gram_matrices(self.model, self.blocks) as grams, eval_utils.evaluating(self.model):
+            with pruning.gram_matrices(self.model, self.blocks) as grams, eval_utils.evaluating(self.model, gradients=True):
                 for batch in self.calibration:
                     with train_utils.autocast(self.model.device, a.precision):
-                        self.model(**data.inputs_of(batch))
+                        logits = self.model(**data.inputs_of(batch)).logits
+                    seed = importance.curvature_seed(logits, self.teacher.logits[batch["index"]], a.temperature, self.generator)
+                    torch.autograd.grad(logits, self.model.get_input_embeddings().weight, seed)
             pruning.refit_(self.blocks, grams, self.keep)
         pruning.zero_groups_(self.blocks, self.keep, optimizer)
 
@@ -140,13 +143,12 @@ class Pruner:
         self.generator.set_state(state["generator"])
 
 
-def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=None, pruner=None) -> None:
+def fit(model, tokenizer, split, args, run, n_epochs, fraction, learning_rate, teacher=None, pruner=None) -> None:
     """The training loop, of the dense baseline (no pruner) and of the pruned model; goes on from the run's checkpoint.
 
     The best epoch is kept in best/. Only epochs after the cut count for it and for early stopping.
     """
-    device, train = train_utils.choose_attention_(model), split.train
-    per_epoch = data.n_batches(train, args.batch_size)
+    device, per_epoch = train_utils.choose_attention_(model), data.n_batches(split.train, args.batch_size, fraction)
     step, total, finished, losses = 0, n_epochs * per_epoch, False, []
     optimizer = train_utils.adamw(model, learning_rate, args.weight_decay)
     scaler = train_utils.grad_scaler(device, args.precision)
@@ -173,11 +175,11 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
         while step < total and not finished:
             epoch, done = divmod(step, per_epoch)
             phase = "dense" if pruner is None else "pruning" if epoch * per_epoch < pruner.steps else "recovery"
-            batches = data.bucketed(train.lengths, args.batch_size, np.random.default_rng([args.seed, epoch]))[done:]
+            batches = data.epoch_batches(split.train, args.batch_size, fraction, args.seed, epoch)[done:]
             losses, start = losses if done else [], time.perf_counter()
             model.train()
-            for batch in tqdm(data.loader(train, batches, device), desc=f"{phase} {epoch + 1}/{n_epochs}", total=per_epoch,
-                              initial=done, leave=False, mininterval=1):  # fmt: skip
+            ahead = data.loader(split.train, batches, device)
+            for batch in tqdm(ahead, f"{phase} {epoch + 1}/{n_epochs}", per_epoch, initial=done, leave=False, mininterval=1):
                 step += 1
                 recording = pruner is not None and pruner.records(step)
                 with pruner.recorder.recording() if recording else nullcontext():
@@ -188,13 +190,8 @@ def fit(model, tokenizer, split, args, run, n_epochs, learning_rate, teacher=Non
                         pruner.record(output.logits, teacher.logits[batch["index"]], loss, scaler)
                     else:
                         scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 factor = train_utils.linear_schedule(step - 1, total, args.warmup)
-                train_utils.set_learning_rate(optimizer, learning_rate * factor)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                train_utils.step_(model, optimizer, scaler, learning_rate * factor)
                 losses.append(loss.detach())
                 if pruner and pruner.due(step):
                     train_utils.mean_loss(losses, model, step)
@@ -224,8 +221,8 @@ def objective(output, batch, teacher, args):
     if args.distill_weight < 1:
         loss += (1 - args.distill_weight) * functional.cross_entropy(output.logits.float(), batch["labels"])
     if args.feature_weight:
-        features = output.hidden_states[-1][:, 0]
-        loss += args.feature_weight * distill.feature_loss(features, teacher.features[batch["index"]], teacher.scale)
+        wanted = teacher.features[batch["index"]]
+        loss += args.feature_weight * distill.feature_loss(output.hidden_states[-1][:, 0], wanted, teacher.scale)
     return loss
 
 
@@ -260,7 +257,7 @@ def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
             runs.seed_everything(args.seed)
             model = load_classifier(base.path, split.label_names, args.dropout).to(device)
             with run.timed("training"):
-                fit(model, tokenizer, split, args, run, args.dense_epochs, args.dense_learning_rate)
+                fit(model, tokenizer, split, args, run, args.dense_epochs, args.dense_fraction, args.dense_learning_rate)
             checkpoint.save_model(run.model_dir, load_classifier(run.dir / "best"), tokenizer, earlier=base.path)
             checkpoint.drop(run.checkpoint_dir, run.dir / "best")
     return run.model_dir
@@ -268,13 +265,14 @@ def dense_classifier(args, base, config, tokenizer, split, device) -> Path:
 
 def print_plan(args, base, task, split, steps: int, model) -> None:
     heads, neurons = (sum(counts) for counts in group_counts(blocks_of(model)).values())
-    padding = data.padding_share(split.train, data.bucketed(split.train.lengths, args.batch_size, np.random.default_rng(0)))
+    first = data.epoch_batches(split.train, args.batch_size, args.train_fraction, args.seed, 0)
+    n_first, padding = sum(map(len, first)), data.padding_share(split.train, first)
     memory = train_utils.training_memory(model, args.batch_size, int(split.train.lengths.max()), args.precision)
     prunings = [*range(args.prune_every, steps, args.prune_every), steps] if args.num_epochs else [steps]
     rise = [pruning.scheduled_sparsity(args.target_sparsity, step / steps, args.schedule) for step in prunings]
     print(f"""model     {base.record["name"]} ({base.record["source"]}), {heads} heads, {neurons:,} neurons
 task      {task.record["name"]} ({task.record["source"]}): {task.record.get("label_mapping") or ", ".join(split.label_names)}
-examples  {len(split.train):,} to train on, {len(split.selection):,} to select on, {len(split.validation):,} to be judged on
+examples  {n_first:,} of {len(split.train):,} an epoch; {len(split.selection):,} to select, {len(split.validation):,} to judge
 tokens    {split.train.lengths.mean():.1f} an example, {split.train.n_truncated} cut at {args.max_length}; padding {padding:.1%}
 steps     {steps:,} to prune, of {args.num_epochs} epochs; batch {args.batch_size}, {args.precision}, {args.device}
 pruning   {args.importance}, {args.granularity}, {args.allocation}, in {args.budget}
@@ -300,10 +298,9 @@ def main(argv=None) -> None:
     args.dense_learning_rate = args.dense_learning_rate or 0.04 / shape.config.hidden_size
     pruning.check_target(blocks_of(shape), args.target_sparsity, args.granularity, args.floor, args.budget, args.max_length)
     tokenizer = data.load_tokenizer(base.path, shape.config)
-    cut = (args.max_length, args.n_selection, args.validation_fraction, args.seed)
-    load = partial(data.load_classification, task.path, tokenizer, *cut)
-    split = load(args.train_fraction)
-    steps = max(1, args.num_epochs * data.n_batches(split.train, args.batch_size) // 2)  # of the pruning phase
+    split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.validation_fraction,
+                                     args.seed)  # fmt: skip
+    steps = max(1, args.num_epochs * data.n_batches(split.train, args.batch_size, args.train_fraction) // 2)  # to prune
     print_plan(args, base, task, split, steps, shape)
     if args.dry_run:
         return
@@ -313,31 +310,32 @@ def main(argv=None) -> None:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
             # The dense model: the accuracy to hold, and the teacher
-            dense_dir = dense_classifier(args, base, shape.config, tokenizer, load(args.dense_fraction), device)
+            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)
             runs.seed_everything(args.seed)
             model = load_classifier(dense_dir, split.label_names, args.dropout).to(device)
             with run.timed("teacher"):
-                look = partial(eval_utils.predict, model, split.train, device, args.precision, features=True)
+                n_seen = (2 * steps + 1 if args.num_epochs else args.gradient_window) * args.batch_size
+                seen = split.train.subset(np.arange(min(max(n_seen, N_CALIBRATION), len(split.train))))
+                look = partial(eval_utils.predict, model, seen, device, args.precision, features=True)
                 teacher = distill.Teacher.cached(run.dir / "teacher.safetensors", runs.fingerprint(settings), look, device)
-            sample = split.train.subset(np.arange(min(1024 if args.num_epochs else 2048, len(split.train))))
-            pruner = Pruner(model, args, steps, list(data.loader(sample, data.in_order(sample.lengths, 64), device)))
+            sample = seen.subset(np.arange(min(N_CALIBRATION // (2 if args.num_epochs else 1), len(seen))))
+            pruner = Pruner(model, args, steps, teacher, list(data.loader(sample, data.in_order(sample.lengths, 64), device)))
             with run.timed("pruning and recovery"):
                 if args.num_epochs:
-                    fit(model, tokenizer, split, args, run, args.num_epochs, args.learning_rate, teacher, pruner)
+                    fit(model, tokenizer, split, args, run, args.num_epochs, args.train_fraction, args.learning_rate,
+                        teacher, pruner)  # fmt: skip
                     model = load_classifier(run.dir / "best").to(device)
                 else:
                     prune_once_(pruner, split, args, teacher)
             with run.timed("measuring"):  # what was saved, not what is in memory
                 layers = [block.shape for block in blocks_of(model)]
-                stage = {"asked": settings, "layers": layers}
-                checkpoint.save_model(run.model_dir, model, tokenizer, stage, earlier=dense_dir)
-                in_memory = eval_utils.predict(model, split.validation, device)
-                reloaded = eval_utils.predict(load_classifier(run.model_dir).to(device), split.validation, device)
+                checkpoint.save_model(run.model_dir, model, tokenizer, {"asked": settings, "layers": layers}, earlier=dense_dir)
                 dirs = {"dense": dense_dir, "pruned": run.model_dir}
-                measured = eval_utils.measure_classifiers(dirs, split.validation, device)
+                measured, logits = eval_utils.measure_classifiers(dirs, split.validation, device)
+                changed = (logits["pruned"] - eval_utils.predict(model, split.validation, device)).abs().max()
             measured["pruned"]["sparsity_asked"] = args.target_sparsity
-            run.record |= {"metrics": measured, "reload_difference": float((reloaded - in_memory).abs().max()),
-                           "layers": layers, "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip
+            run.record |= {"metrics": measured, "reload_difference": float(changed), "layers": layers,
+                           "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip
             checkpoint.drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher.safetensors")
 
     print("", table(eval_utils.layers_left(run.record["dense_layers"], run.record["layers"])),

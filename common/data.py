@@ -97,9 +97,25 @@ def bucketed(lengths: np.ndarray, batch_size: int, rng: np.random.Generator, poo
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def n_batches(split: Split, batch_size: int) -> int:
-    """Batches in an epoch of `bucketed`."""
-    return len(bucketed(split.lengths, batch_size, np.random.default_rng(0)))
+def epoch_batches(split: Split, batch_size: int, fraction: float, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch, which passes over a share `fraction` of the examples.
+
+    The first epoch takes the first share, the next one goes on where it ended, from the end on to the start: no example
+    comes again before all have come. A fraction of 0.3 costs what three tenths of the data cost, and four epochs see all.
+    """
+    n = n_in_epoch(split, fraction)
+    share = (epoch * n + np.arange(n)) % len(split)
+    rng = np.random.default_rng([seed, epoch])
+    return [share[batch] for batch in bucketed(split.lengths[share], batch_size, rng)]
+
+
+def n_in_epoch(split: Split, fraction: float) -> int:
+    return max(1, round(len(split) * fraction))
+
+
+def n_batches(split: Split, batch_size: int, fraction: float) -> int:
+    """How many `epoch_batches` there are."""
+    return -(-n_in_epoch(split, fraction) // batch_size)
 
 
 def in_order(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -157,10 +173,9 @@ class ClassificationData(NamedTuple):
     label_names: list[str]
 
 
-def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection: int, selection_fraction: float, seed: int,
-                        train_fraction: float) -> ClassificationData:  # fmt: skip
-    """A prepared task, tokenised. The selection slice is the same whatever fraction of the rest is trained on, and a smaller
-    fraction is a part of a larger one.
+def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection: int, selection_fraction: float,
+                        seed: int) -> ClassificationData:  # fmt: skip
+    """A prepared task, tokenised; the training data in an order that `seed` decides.
 
     n_selection: examples to hold out, at most a tenth of the training data; `selection_fraction` of them are scored.
     """
@@ -169,7 +184,6 @@ def load_classification(task_dir: Path, tokenizer, max_length: int, n_selection:
     n_selection = min(n_selection, max(1, len(texts) // 10))
     held_out, rest = order[:n_selection], order[n_selection:]
     held_out = held_out[: max(1, round(n_selection * selection_fraction))]
-    rest = rest[: max(1, round(len(rest) * train_fraction))]
     train, selection = (tokenize([texts[i] for i in part], labels[part], tokenizer, max_length) for part in (rest, held_out))
     validation = tokenize(*read_texts(task_dir, "validation"), tokenizer, max_length)
     return ClassificationData(train, selection, validation, label_names(task_dir))

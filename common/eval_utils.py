@@ -19,12 +19,12 @@ from common.train_utils import autocast
 
 
 @contextmanager
-def evaluating(model):
-    """Eval mode without gradients; the mode is put back, whatever happens."""
+def evaluating(model, gradients: bool = False):
+    """Eval mode, without gradients unless asked for; the mode is put back, whatever happens."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             yield model
     finally:
         model.train(was_training)
@@ -172,8 +172,8 @@ def _resident_peak() -> int:
 
 
 def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: torch.device, batch_size: int = 32,
-                        length: int = 64) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Everything a table of classifiers says, for models loaded from their directories, in fp32.
+                        length: int = 64) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:  # fmt: skip
+    """Everything a table of classifiers says, for models loaded from their directories, in fp32; and their logits.
 
     Accuracy and F1 on `validation`, parameters (of the whole model and of its blocks), bytes of the directory, MACs an
     example of `length` tokens, latency and throughput on full batches of `batch_size` x `length`, peak memory of a fresh
@@ -182,9 +182,10 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
     models = {name: load_classifier(path).to(device) for name, path in model_dirs.items()}
     length = min([length, *(n_positions(model.config) or length for model in models.values())])
     times = latency(models, batch_size, length, device)
+    logits = {name: predict(model, validation, device) for name, model in models.items()}  # (n, n_classes) each
     measured = {
         name: {
-            **classification_metrics(predict(model, validation, device), validation.labels),
+            **classification_metrics(logits[name], validation.labels),
             "parameters": sum(p.numel() for p in model.parameters()),
             "block_parameters": sum(p.numel() for b in blocks_of(model) for part in b.projections for p in part.parameters()),
             "bytes": directory_bytes(model_dirs[name]),
@@ -197,7 +198,7 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
     first, *others = measured.values()
     for values in others:
         values["sparsity"] = 1 - values["block_parameters"] / first["block_parameters"]
-    return measured
+    return measured, logits
 
 
 # How a table shows what `measure_classifiers` returns: (key, label, text of a value, whether a ratio to the first says more).

@@ -165,19 +165,10 @@ class GateRecorder:
                   generator: torch.Generator) -> None:  # fmt: skip
         """`kd_gradient`: the diagonal of the Fisher matrix of the gates under the teacher's labels, on this batch.
 
-        The gradient of KL(teacher || student) vanishes where the student still is the teacher; this does not, and there it
-        is that loss's Gauss-Newton matrix. It is sum_c t_c (J^T (p - e_c))^2 with t, p the softened outputs of teacher and
-        student, estimated without bias by one backward of the logits with the vector sum_c sqrt(t_c) r_c (p - e_c), r_c
-        random signs (Hutchinson 1989; Martens 2014, arXiv 1412.1193, section 9.2). No label is used.
-
+        The squares of J^T v, v the vectors of `curvature_seed` and J the gates' Jacobian of the logits.
         logits, teacher_logits: (B, C). The graph is kept for the training backward.
         """
-        with torch.no_grad():
-            teacher = (teacher_logits.float() / temperature).softmax(-1)
-            student = (logits.float() / temperature).softmax(-1)
-            signs = torch.randint(0, 2, teacher.shape, generator=generator).to(teacher) * 2 - 1
-            weights = teacher.sqrt() * signs
-            seed = (weights.sum(-1, keepdim=True) * student - weights).to(logits.dtype)
+        seed = curvature_seed(logits, teacher_logits, temperature, generator)
         self._watch = False
         try:
             grads = torch.autograd.grad(logits, self._inputs, seed, retain_graph=True)
@@ -185,6 +176,27 @@ class GateRecorder:
             self._watch = True
         for i, (x, grad) in enumerate(zip(self._inputs, grads, strict=True)):
             self._parts["kd_gradient"][i] = self._per_example(i, x.detach() * grad).square().mean(0)
+
+
+@torch.no_grad()
+def curvature_seed(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float,
+                   generator: torch.Generator) -> torch.Tensor:  # fmt: skip
+    """(B, C) vectors v to start a backward of the logits with, whose squares estimate the curvature of distillation.
+
+    The gradient of KL(teacher || student) vanishes where the student still is the teacher; this does not, and there it is
+    that loss's Gauss-Newton matrix. E[v v^T] = sum_c t_c (p - e_c)(p - e_c)^T with t, p the softened outputs of teacher and
+    student: the Fisher matrix under the teacher's labels. v = sum_c sqrt(t_c) r_c (p - e_c) with random signs r_c has that
+    mean (Hutchinson 1989; Martens 2014, arXiv 1412.1193, section 9.2); of two classes the matrix has rank one and v is its
+    root, with nothing random. No label is used.
+    """
+    teacher = (teacher_logits.float() / temperature).softmax(-1)
+    student = (logits.float() / temperature).softmax(-1)
+    if teacher.shape[-1] == 2:
+        root = (teacher * student.flip(-1).square()).sum(-1, keepdim=True).sqrt()
+        return torch.cat([root, -root], -1).to(logits.dtype)
+    signs = torch.randint(0, 2, teacher.shape, generator=generator).to(teacher) * 2 - 1
+    weights = teacher.sqrt() * signs
+    return (weights.sum(-1, keepdim=True) * student - weights).to(logits.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- combinations

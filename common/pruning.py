@@ -205,6 +205,9 @@ def shrink_(model, keep: Keep, optimizer=None) -> list[dict[str, int]]:
 def gram_matrices(model, blocks: list[Block]):
     """Inside, every forward adds X^T X of the inputs X of each o and each FFN output projection, padding left out.
 
+    A forward with gradients adds at its backward, X^T diag(w) X: half of a token's weight w is one, the other half the squared
+    gradient at the projection's output, over its mean in the batch. So what is fitted counts most where the loss feels it.
+
     Yields a list, all o projections first: (in + 1, in + 1) fp32, the last row and column for a constant input of one (the
     bias). Memory: 4 (in + 1)^2 bytes a projection.
     """
@@ -217,18 +220,27 @@ def gram_matrices(model, blocks: list[Block]):
         nonlocal mask
         mask = kwargs.get("attention_mask")
 
-    def add(gram):
-        def hook(module, args):
-            x = args[0].detach().float().flatten(0, -2)  # (tokens, in)
-            if mask is not None:
-                x = x[mask.flatten().bool()]
-            x = torch.nn.functional.pad(x, (0, 1), value=1.0)
-            gram.addmm_(x.T, x)
+    def add(gram, x, mask, grad=None):
+        kept = slice(None) if mask is None else mask.flatten().bool()
+        x = torch.nn.functional.pad(x.float().flatten(0, -2)[kept], (0, 1), value=1.0)  # (tokens, in + 1)
+        weighted = x
+        if grad is not None:
+            felt = grad.float().flatten(0, -2)[kept].square().sum(1, keepdim=True)  # (tokens, 1)
+            weighted = x * (0.5 + 0.5 * felt / felt.mean().clamp_min(1e-30))
+        gram.addmm_(weighted.T, x)
+
+    def note_output(gram):
+        def hook(module, args, output):
+            x, of_batch = args[0].detach(), mask
+            if output.requires_grad:
+                output.register_hook(lambda grad: add(gram, x, of_batch, grad))
+            else:
+                add(gram, x, of_batch)
 
         return hook
 
     handles = [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
-    handles += [reader.register_forward_pre_hook(add(gram)) for reader, gram in zip(readers, grams, strict=True)]
+    handles += [reader.register_forward_hook(note_output(gram)) for reader, gram in zip(readers, grams, strict=True)]
     try:
         yield grams
     finally:
