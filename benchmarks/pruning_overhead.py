@@ -87,10 +87,9 @@ class Side:
         a = runs.Parser(script.__doc__, script.PRESETS, ("seed", "compile", "save_every")).parse_args(flags)
         a.precision = train_utils.resolve_precision(a.precision, device)
         self.script, self.args, self.tokenizer, self.device, self.n_blocks = script, a, tokenizer, device, n_blocks
-        self.split = data.load_classification(task, tokenizer, a.max_length, a.n_selection, a.validation_fraction,
-                                              a.seed, a.train_fraction)  # fmt: skip
+        self.split = data.load_classification(task, tokenizer, a.max_length, a.n_selection, a.validation_fraction, a.seed)
         train, lengths = self.split.train, self.split.train.lengths
-        batches = data.bucketed(lengths, a.batch_size, np.random.default_rng(a.seed))
+        batches = data.epoch_batches(train, a.batch_size, a.train_fraction, a.seed, 0)
         self.padding, self.per_epoch = data.padding_share(train, batches), len(batches)
         self.steps = max(1, a.num_epochs * self.per_epoch // 2)  # of the pruning phase
         whole = sorted((b for b in batches if len(b) == a.batch_size), key=lambda b: lengths[b].max()) or batches
@@ -104,13 +103,14 @@ class Side:
         self.model = checkpoint.load_classifier(base, self.split.label_names, a.dropout).to(device)
         outputs = eval_utils.predict(self.model, self.sample.train, device, a.precision, features=True)
         self.teacher = distill.Teacher(*outputs, device)
-        some = train.subset(np.arange(min(1024, len(train))))  # as the script does
+        some = train.subset(np.arange(min(script.N_CALIBRATION // 2, len(train))))  # as the script does
+        of_some = eval_utils.predict(self.model, some, device, a.precision, features=True)
         calibration = list(data.loader(some, data.in_order(some.lengths, 64), device))
-        self.pruners = {}
+        calibrator, self.pruners = distill.Teacher(*of_some, device), {}
         for scorer, granularity in [("fisher", "multi"), ("taylor", "multi"), (a.importance, "multi"), (a.importance, "heads")]:
             settings = vars(a) | {"granularity": granularity, "refit": False, "scorers": scorer.split("+")}
             name = scorer if granularity == "multi" else f"{scorer}, {granularity} only"
-            self.pruners[name] = script.Pruner(self.model, Namespace(**settings), self.steps, calibration)
+            self.pruners[name] = script.Pruner(self.model, Namespace(**settings), self.steps, calibrator, calibration)
         self.seconds = defaultdict(list)  # of each side's steps, one a batch, and of its prunings, one a block
         self.turn, self.pruning = "plain", False
 
@@ -123,7 +123,7 @@ class Side:
     def run_block(self, block: int) -> None:
         """Every `n_blocks`-th batch, once for each side, and one pruning by each pruner."""
         with alone(lambda *_: self._turns(self.batches[block :: self.n_blocks])) as run:
-            self.script.fit(self.model, self.tokenizer, self.sample, self.args, run, 1, 1e-4, self.teacher, self)
+            self.script.fit(self.model, self.tokenizer, self.sample, self.args, run, 1, 1.0, 1e-4, self.teacher, self)
 
     def _turns(self, batches: list[np.ndarray]):
         names = ["plain", *self.pruners]
@@ -212,7 +212,7 @@ def fine_tuning(side: Side, base: Path, n_blocks: int, n_examples: int) -> dict[
             model = checkpoint.load_classifier(base, names, a.dropout).to(side.device)
             with (alone() as run, patch.object(train_utils, "choose_attention_", choose),
                   patch.object(train_utils, "sdpa_kernel", kernel)):  # fmt: skip
-                side.script.fit(model, side.tokenizer, side.sample._replace(train=train), a, run, 1, 1e-4)
+                side.script.fit(model, side.tokenizer, side.sample._replace(train=train), a, run, 1, 1.0, 1e-4)
             rates[name].append(run.log.call_args.kwargs["examples_per_second"])
         rates["Trainer"].append(trainer(train, None))
         rates["Trainer, same settings"].append(trainer(train, a.dropout, **same))

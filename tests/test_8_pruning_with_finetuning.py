@@ -276,7 +276,7 @@ def die_at(owner, name, k, after=False):
 
 
 def die_in_step(script, step):
-    die_at(script.train_utils, "set_learning_rate", step)
+    die_at(script.train_utils, "step_", step)
 
 
 def die_while_writing(script, k):
@@ -399,15 +399,15 @@ def test_killed_over_and_over_in_fast_mode(script, base, killed, tmp_path):
 
 def at_step(patch, script, step, action):
     """Do something in the middle of a step; steps are counted from here on, through the dense baseline and the rest."""
-    original, calls = script.train_utils.set_learning_rate, []
+    original, calls = script.train_utils.step_, []
 
-    def call(optimizer, learning_rate):
+    def call(*args):
         calls.append(step)
-        original(optimizer, learning_rate)
+        original(*args)
         if len(calls) == step:
             action()
 
-    patch.setattr(script.train_utils, "set_learning_rate", call)
+    patch.setattr(script.train_utils, "step_", call)
 
 
 def interrupted(script, argv, step, number=signal.SIGINT):
@@ -785,7 +785,7 @@ def test_a_dry_run_writes_nothing(script, base, tmp_path, capsys):
     plan = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert re.search(r"bert \(local\), 8 heads, 128 neurons", plan) and "bad -> 0, good -> 1" in plan
-    assert re.search(r"232 to train on, 25 to select on, 43 to be judged on", plan)
+    assert re.search(r"232 of 232 an epoch; 25 to select, 43 to judge", plan)
     assert re.search(r"30 to prune, of 4 epochs; batch 16, 32, ", plan)
     assert re.search(r"cubic, 6 prunings: 0.211 0.352 0.438 0.481 0.498 ...", plan) and "MiB" in plan
 

@@ -86,8 +86,22 @@ def test_bucketed_covers_each_example_once():
         batches = bucketed(lengths, batch_size, np.random.default_rng(0), pool)
         assert sorted(np.concatenate(batches).tolist()) == list(range(n))
         assert sorted(map(len, batches))[1:] == [batch_size] * (-(-n // batch_size) - 1)  # one short batch at most
-        split = Split(np.zeros(lengths.sum(), np.int32), np.concatenate([[0], lengths.cumsum()]), np.zeros(n), 0, 0)
-        assert data.n_batches(split, batch_size) == len(batches) == -(-n // batch_size)
+        assert len(batches) == -(-n // batch_size)
+
+
+@pytest.mark.parametrize(("n", "fraction", "batch_size"), [(10, 0.3, 2), (10, 1, 4), (1, 0.3, 4), (7, 0.5, 2), (99, 0.37, 8)])
+def test_epochs_take_the_data_in_turn(n, fraction, batch_size):
+    """As many examples as the fraction says; none comes a second time before all have come once."""
+    split, share = random_split([3] * n), max(1, round(n * fraction))
+    seen = []
+    for epoch in range(5):
+        batches = data.epoch_batches(split, batch_size, fraction, 0, epoch)
+        assert data.n_batches(split, batch_size, fraction) == len(batches) and data.n_in_epoch(split, fraction) == share
+        assert sum(map(len, batches)) == share
+        seen += sorted(np.concatenate(batches), key=lambda i, epoch=epoch: (i - epoch * share) % n)
+    assert [int(i) for i in seen] == [i % n for i in range(5 * share)]
+    again = data.epoch_batches(split, batch_size, fraction, 0, 4)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
 def test_bucketed_is_a_function_of_the_generator_alone():
@@ -156,17 +170,16 @@ def task(tmp_path):
     return make
 
 
-def test_the_selection_slice_does_not_depend_on_what_is_trained_on(task, tokenizer):
-    def load(n_selection=50, train=1.0, selection=1.0, seed=0):
-        return data.load_classification(task(400), tokenizer, 8, n_selection, selection, seed, train)
+def test_the_selection_slice_is_held_out_of_the_training_data(task, tokenizer):
+    def load(n_selection=50, selection=1.0, seed=0):
+        return data.load_classification(task(400), tokenizer, 8, n_selection, selection, seed)
 
     def texts(split):
         return [tuple(example) for example in examples(split)]
 
-    whole, part = load(), load(train=0.3)
+    whole = load()
     assert whole.label_names == ["bad", "good"] and len(whole.validation) == 5
-    assert (len(whole.train), len(whole.selection), len(part.train)) == (360, 40, 108)  # a tenth held out at most
-    assert texts(whole.selection) == texts(part.selection) and texts(whole.train)[:108] == texts(part.train)
+    assert (len(whole.train), len(whole.selection)) == (360, 40)  # a tenth held out at most
     assert len({*texts(whole.train), *texts(whole.selection)}) == 400
     assert texts(load(selection=0.5).selection) == texts(whole.selection)[:20]
     assert len(load(n_selection=10).selection) == 10
@@ -177,8 +190,9 @@ def test_the_selection_slice_does_not_depend_on_what_is_trained_on(task, tokeniz
 
 @pytest.mark.parametrize("n_train", [2, 3, 9, 10])
 def test_a_tiny_task_still_has_something_to_train_and_to_select_on(task, tokenizer, n_train):
-    split = data.load_classification(task(n_train), tokenizer, 8, 2000, 0.5, 0, train_fraction=0.3)
-    assert len(split.selection) == 1 and len(split.train) == max(1, round((n_train - 1) * 0.3))
+    split = data.load_classification(task(n_train), tokenizer, 8, 2000, 0.5, 0)
+    assert len(split.selection) == 1 and len(split.train) == n_train - 1
+    assert data.n_in_epoch(split.train, 0.01) == 1
 
 
 def test_unreadable_parquet_is_a_user_error(tmp_path, task):

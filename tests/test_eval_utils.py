@@ -152,13 +152,14 @@ def test_measure_classifiers(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_utils, "peak_memory", lambda *_: memory)
     split = split_of([5, 2, 9], labels=[0, 1, 1])
     paths = {"dense": tmp_path / "dense", "pruned": tmp_path / "pruned"}
-    measured = eval_utils.measure_classifiers(paths, split, CPU, batch_size=2, length=8)
+    measured, logits = eval_utils.measure_classifiers(paths, split, CPU, batch_size=2, length=8)
     assert measured["dense"]["parameters"] == n_parameters and measured["dense"]["block_parameters"] == n_block
     assert measured["pruned"]["block_parameters"] == n_block - 32 * (2 * 256 + 1)
     assert measured["pruned"]["sparsity"] == pytest.approx(32 * 513 / n_block) and "sparsity" not in measured["dense"]
     for name, values in measured.items():
         assert values["n"] == 3 and values["bytes"] > 4 * values["parameters"]
         expected = predict(eval_utils.load_classifier(paths[name]), split, CPU)
+        assert torch.equal(logits[name], expected)
         assert values["accuracy"] == pytest.approx(float((expected.argmax(1).numpy() == split.labels).mean()))
 
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from common import importance
 from common.blocks import KINDS, blocks_of, group_costs
 from common.distill import kd_loss
 from common.importance import GateRecorder, combine, l2_scores, parse_importance, random_scores, split_groups
@@ -145,6 +146,17 @@ def test_kd_gradient_expects_the_curvature_class_by_class(n_classes, monkeypatch
     assert_same(mean_curvature(model, teacher_logits, temperature, monkeypatch), expected.mean(0))
 
 
+def test_the_curvature_of_two_classes_draws_nothing():
+    logits, teacher = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    seed = importance.curvature_seed(logits, teacher, 2.0, generator)
+    assert torch.equal(generator.get_state(), state)
+    p, t = (logits / 2).softmax(1), (teacher / 2).softmax(1)
+    matrix = sum(t[:, c, None, None] * (d := p - torch.eye(2)[c])[:, :, None] * d[:, None, :] for c in range(2))
+    torch.testing.assert_close(seed[:, :, None] * seed[:, None, :], matrix, rtol=1e-4, atol=1e-6)
+
+
 def test_kd_gradient_is_the_gauss_newton_diagonal_where_the_student_is_the_teacher(monkeypatch):
     """J^T H J with the Hessian H of the loss by the logits. The gradient of that loss is zero there; the scores are not."""
     model, temperature = classifier(3), 2.0
@@ -162,7 +174,7 @@ def test_kd_gradient_is_the_gauss_newton_diagonal_where_the_student_is_the_teach
 
 
 def test_curvature_leaves_the_other_statistics_and_gradients_alone():
-    model = double_model("bert")
+    model = classifier(3)
     alone = recorded(model, ("taylor", "fisher"))
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()

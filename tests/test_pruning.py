@@ -272,7 +272,33 @@ def test_gram_matrices_leave_padding_out(family):
         torch.testing.assert_close(gram, 2 * x.T @ x, rtol=1e-4, atol=1e-3)
     with pytest.raises(ZeroDivisionError), gram_matrices(model, blocks_of(model)):
         _ = 1 / 0
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_gram_matrices_weigh_tokens_by_the_squared_gradient(family):
+    """Half evenly, half by the gradient at the projection's output, which autograd is asked for token by token."""
+    model, _ = random_model(family)
+    blocks, inputs = blocks_of(model), batch()
+    readers = [b.attention.o for b in blocks] + [b.ffn.out for b in blocks]
+    seen = []
+    handles = [reader.register_forward_hook(lambda _, args, output: seen.append((args[0], output))) for reader in readers]
+    with gram_matrices(model, blocks) as grams:
+        logits = model(**inputs).logits
+        seed = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        torch.autograd.grad(logits, model.get_input_embeddings().weight, seed, retain_graph=True)
+        grams = [gram.clone() for gram in grams]  # the backwards below would add to them
+    for handle in handles:
+        handle.remove()
+    order = [seen[i] for i in (*range(0, len(seen), 2), *range(1, len(seen), 2))]  # called layer by layer
+    real = inputs["attention_mask"].flatten().bool()
+    for gram, (x, output) in zip(grams, order, strict=True):
+        (grad,) = torch.autograd.grad(logits, output, seed, retain_graph=True)
+        felt = grad.flatten(0, -2)[real].square().sum(1)
+        x = torch.cat([x.flatten(0, -2)[real], torch.ones(int(real.sum()), 1)], 1).detach()
+        expected = sum((0.5 + 0.5 * w / felt.mean()) * torch.outer(row, row) for w, row in zip(felt, x, strict=True))
+        torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "opt"])

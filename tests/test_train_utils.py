@@ -37,8 +37,16 @@ def test_adamw_decays_matrices_only():
     assert [p.shape for p in decayed["params"]] == [(3, 4), (5, 4), (2, 5)] and decayed["weight_decay"] == 0.03
     assert [p.shape for p in plain["params"]] == [(5,), (5,), (5,)] and plain["weight_decay"] == 0
     assert decayed["lr"] == plain["lr"] == 0.1
-    train_utils.set_learning_rate(optimizer, 0.02)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
+
+
+def test_a_step_clips_and_clears_the_gradients():
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    model.weight.grad = torch.tensor([[3.0, -4.0]])  # a norm of five
+    train_utils.step_(model, optimizer, train_utils.grad_scaler(torch.device("cpu"), "32"), 0.5)
+    torch.testing.assert_close(before - model.weight.detach(), torch.tensor([[0.3, -0.4]]), rtol=1e-5, atol=1e-6)
+    assert model.weight.grad is None and optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_a_step_of_adamw_by_hand():
