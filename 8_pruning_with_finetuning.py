@@ -334,7 +334,7 @@ def main(argv=None) -> None:
                 measured, logits = eval_utils.measure_classifiers(dirs, split.validation, device)
                 changed = (logits["pruned"] - eval_utils.predict(model, split.validation, device)).abs().max()
             measured["pruned"]["sparsity_asked"] = args.target_sparsity
-            run.record |= {"metrics": measured, "reload_difference": float(changed), "layers": layers,
+            run.record |= {"metrics": measured, "reload_difference": float(changed), "layers": layers, "dense_dir": dense_dir,
                            "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip
             checkpoint.drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher.safetensors")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import random
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from common import modeling_pruned
@@ -104,27 +107,38 @@ def restore_(state: dict[str, Any], parts: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- models
 
 
-def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None = None, earlier: Path | None = None) -> None:
+def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None = None, earlier: Path | None = None,
+               packed: tuple[dict[str, torch.Tensor], dict] | None = None) -> None:  # fmt: skip
     """Write a model directory that stock `transformers` loads; the old one is replaced only when the new one is whole.
 
-    Where layers differ in shape, `modeling_pruned.py` goes along and loading needs `trust_remote_code=True`. `stage` (what
-    was asked for and what was measured) is appended to the stages of the model it started from (`earlier`'s
-    compression.json).
+    Where layers differ in shape, or embeddings are packed, `modeling_pruned.py` goes along and loading needs
+    `trust_remote_code=True`. `stage` (what was asked for and what was measured) is appended to the stages of the model it
+    started from (`earlier`'s compression.json). packed: tensors and quantization_config (common/quantizers.py) to write in the
+    place of the model's own.
     """
     directory = Path(directory)
     beside = directory.with_name(f".{directory.name}.new")  # one name, so that what a killed process left is removed
     shutil.rmtree(beside, ignore_errors=True)
-    config = model.config
+    config, name = copy.deepcopy(model.config), type(model).__name__
+    config.__dict__.pop("auto_map", None)
+    tables = {f"{table}.weight_packed" for table, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
     try:
-        if hasattr(config, "pruned_linears"):
-            name = type(model).__name__
+        beside.mkdir(parents=True)
+        if hasattr(config, "pruned_linears") or (packed and tables & set(packed[0])):
             config.auto_map = {_auto_class(name): f"modeling_pruned.Pruned{name}"}
-            beside.mkdir(parents=True)
             shutil.copy(modeling_pruned.__file__, beside / "modeling_pruned.py")
-        elif hasattr(config, "auto_map"):
-            del config.auto_map
-        model.save_pretrained(beside)
+        if packed:
+            save_file(packed[0], beside / "model.safetensors", metadata={"format": "pt"})
+            config.quantization_config, config.architectures = packed[1], [name]
+        else:
+            model.save_pretrained(beside)
+            config.architectures = [name]
+        config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        vocabulary = beside / "tokenizer.json"
+        if packed and vocabulary.exists():  # written with an indent for each token: a third of it is blanks
+            text = json.dumps(read_json(vocabulary), ensure_ascii=False, separators=(",", ":"))
+            vocabulary.write_text(text, encoding="utf-8")
         stages = [*(compression_stages(earlier) if earlier else []), *([] if stage is None else [stage])]
         if stages:
             write_atomic(beside / "compression.json", json.dumps({"stages": stages}, indent=2, default=str) + "\n")
@@ -137,6 +151,30 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file, written beside and renamed into place."""
+    beside = path.with_name(f".{path.name}.new")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """UserError where the file is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not readable ({str(error).splitlines()[0]}). Use --resume never to start anew") from None
+
+
+def digest(directory: Path) -> str:
+    """Eight hex digits of a model directory: of its config and its weights."""
+    sha = hashlib.sha256()
+    for path in sorted([*Path(directory).glob("*.safetensors"), Path(directory) / "config.json"]):
+        with open(path, "rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:8]
 
 
 def compression_stages(directory: Path) -> list[dict]:
@@ -156,7 +194,7 @@ def load_model(directory: Path, auto_class, **kwargs):
     """`auto_class.from_pretrained`, for plain models and for ours of uneven shapes, running no code from the directory."""
     try:
         config = AutoConfig.from_pretrained(directory)
-        if getattr(config, "pruned_linears", None):
+        if "modeling_pruned." in str(getattr(config, "auto_map", "")):
             auto_class = getattr(modeling_pruned, config.architectures[0])
         return auto_class.from_pretrained(directory, use_safetensors=True, **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.nn import functional
+
+from common.blocks import Block
 
 
 def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
@@ -29,6 +32,38 @@ def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor, scale: 
     the same token.
     """
     return functional.mse_loss(features.float(), teacher_features.float()) / scale
+
+
+def states_loss(states: list[torch.Tensor], teacher_states: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """Mean over layers of the squared error of hidden states, in units of the teacher's mean square, padding left out; fp32.
+
+    states, teacher_states: (B, T, H) a layer; mask: (B, T). Jiao et al. 2020 (arXiv 1909.10351), eq. 8, made scale-free.
+    """
+    real = mask.unsqueeze(-1).float()  # (B, T, 1)
+    losses = []
+    for ours, theirs in zip(states, teacher_states, strict=True):
+        theirs = theirs.float()
+        losses.append(((ours.float() - theirs).square() * real).sum() / (theirs.square() * real).sum())
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def attention_outputs(blocks: list[Block]):
+    """Inside, the list that is yielded holds what each block's output projection `o` gave in the last forward: (B, T, H)."""
+    outputs: list = [None] * len(blocks)
+
+    def note(i):
+        def hook(module, args, output):
+            outputs[i] = output
+
+        return hook
+
+    handles = [block.attention.o.register_forward_hook(note(i)) for i, block in enumerate(blocks)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Teacher:

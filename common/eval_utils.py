@@ -170,6 +170,8 @@ def _resident_peak() -> int:
 
 # ------------------------------------------------------------------------------------------------- classifiers, compared
 
+OF_QUANTISERS = ("_scale", "_zero_point", "_shape")  # how compressed-tensors calls what is no weight
+
 
 def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: torch.device, batch_size: int = 32,
                         length: int = 64) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:  # fmt: skip
@@ -186,8 +188,9 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
     measured = {
         name: {
             **classification_metrics(logits[name], validation.labels),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "block_parameters": sum(p.numel() for b in blocks_of(model) for part in b.projections for p in part.parameters()),
+            "parameters": sum(p.numel() for name, p in model.named_parameters() if not name.endswith(OF_QUANTISERS)),
+            "block_parameters": sum(p.numel() for b in blocks_of(model) for part in b.projections
+                                    for name, p in part.named_parameters() if not name.endswith(OF_QUANTISERS)),
             "bytes": directory_bytes(model_dirs[name]),
             "macs_per_example": macs_per_example(model, length),
             "peak_memory": peak_memory(model_dirs[name], batch_size, length, device),
@@ -208,6 +211,7 @@ ROWS = [
     ("sparsity_asked", "sparsity asked", lambda v: f"{v:.4f}", False),
     ("sparsity", "sparsity measured", lambda v: f"{v:.4f}", False),
     ("parameters", "parameters", lambda v: f"{v / 1e6:.2f} M", True),
+    ("bits_per_weight", "bits a quantised weight", lambda v: f"{v:.2f}", False),
     ("block_parameters", "  in attention and FFN", lambda v: f"{v / 1e6:.2f} M", True),
     ("bytes", "bytes on disk", lambda v: f"{v / 1e6:.1f} MB", True),
     ("macs_per_example", "MACs an example", lambda v: f"{v / 1e6:,.0f} M", True),

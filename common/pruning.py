@@ -198,6 +198,28 @@ def shrink_(model, keep: Keep, optimizer=None) -> list[dict[str, int]]:
     return [block.shape for block in blocks]
 
 
+@torch.no_grad()
+def pad_neurons_(model, multiple: int) -> int:
+    """Fill every layer up to a multiple of `multiple` neurons, with neurons of zeros: the outputs stay what they were.
+
+    What is stored in groups of columns needs widths that the group divides. Returns how many neurons were added.
+    """
+    added = 0
+    for block in blocks_of(model):
+        short = -block.ffn.n_neurons % multiple
+        for linear in block.ffn.ins:
+            linear.weight = nn.Parameter(nn.functional.pad(linear.weight, (0, 0, 0, short)))
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(nn.functional.pad(linear.bias, (0, short)))
+        block.ffn.out.weight = nn.Parameter(nn.functional.pad(block.ffn.out.weight, (0, short)))
+        for linear in (*block.ffn.ins, block.ffn.out):
+            linear.out_features, linear.in_features = linear.weight.shape
+        added += short
+    if added:
+        set_shapes_(model)
+    return added
+
+
 # ------------------------------------------------------------------------------------------------------------- refitting
 
 

@@ -175,6 +175,15 @@ def resolve_device(device: str):
     return resolved
 
 
+def require(module: str, what: str) -> None:
+    """UserError, with the command that installs it, where an optional package is missing."""
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise UserError(f"{module.replace('_', '-')} is not installed; {what} needs it. "
+                        "Run: pip install -r requirements-extra.txt")  # fmt: skip
+
+
 def quiet_transformers() -> None:
     """Errors only, no progress bars: the scripts say what matters themselves."""
     from transformers.utils import logging
@@ -381,6 +390,17 @@ class Run:
             return []
         rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))[1:]
         return [(int(step), phase, metric, float(value)) for step, phase, metric, value in rows]
+
+
+def finished_runs(out_dir: Path, experiment: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Directory and record of each finished run of an experiment, the latest first; unreadable records are left out."""
+    found = []
+    for path in (Path(out_dir) / experiment).glob("*/run.json"):
+        with suppress(UserError):
+            record = read_json(path)
+            if record.get("status") == "finished":
+                found.append((path.parent, record))
+    return sorted(found, key=lambda run: run[1]["ended"], reverse=True)
 
 
 @contextmanager

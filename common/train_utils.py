@@ -57,14 +57,18 @@ def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "16-mixed")
 
 
-def adamw(model, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW over what requires gradients; biases and norms are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def adamw(model, learning_rate: float, weight_decay: float, scale_factor: float = 1.0) -> torch.optim.AdamW:
+    """Fused AdamW over what requires gradients; biases and norms are not decayed, nor are quantisers' scales, which learn at
+    `scale_factor` times the rate.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scales, rest = ([p for name, p in named if name.endswith("scale") == of_scale] for of_scale in (True, False))
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=parameters[0].device.type in ("cpu", "cuda"))
+    groups += [{"params": scales, "weight_decay": 0.0, "factor": scale_factor}] if scales else []
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=rest[0].device.type in ("cpu", "cuda"))
 
 
 def linear_schedule(step: int, total: int, warmup: float) -> float:
@@ -80,7 +84,7 @@ def step_(model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("factor", 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
