@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from common import assets, checkpoint, data, distill, eval_utils, pruning, quantizers, runs, train_utils
+from common import assets, checkpoint, data, distill, eval_utils, export_onnx, pruning, quantizers, runs, train_utils
 from common.blocks import blocks_of
 from common.checkpoint import load_classifier, outline
 from common.quantizers import WeightScheme
@@ -114,6 +114,8 @@ def check(args, student, teacher, names: list[str]) -> None:
                           ("activation_bits", (8, 16, 32)), ("embedding_bits", (4, 8, 32))):  # fmt: skip
         if getattr(args, flag) not in allowed:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected one of {', '.join(map(str, allowed))}")
+    if args.export == "onnx":
+        export_onnx.check_scheme(args.weight_bits, args.symmetric, args.activation_bits, args.activations, args.embedding_bits)
     ours, theirs = ((c.hidden_size, len(blocks_of(m))) for m in (student, teacher) for c in (m.config,))
     matching = [f"--{n}_weight 0" for n in ("hidden", "attention", "embedding", "feature") if getattr(args, f"{n}_weight")]
     if ours != theirs and matching:
@@ -248,10 +250,12 @@ memory    about {memory / 2**20:,.0f} MiB for a step on the longest batch
 def main(argv=None) -> None:
     parser = runs.Parser(__doc__, PRESETS, shared=tuple(runs.SHARED_FLAGS))
     parser.add_argument("--pruned_model_path", type=Path, help="classifier to quantise [the latest of script 8 under out/]")
+    parser.add_argument("--export", default="none", choices=("none", "onnx"), help="write model.onnx too, and run it [none]")
     parser.add_argument("--teacher_path", type=Path, help="its dense model [the one that its run names]")
     args = parser.parse_args(argv)
     runs.quiet_transformers()
-    runs.require("compressed_tensors", "the packed format")
+    for package in ("compressed_tensors", *(("onnx", "onnxruntime", "onnxscript") if args.export == "onnx" else ())):
+        runs.require(package, "--export onnx" if package.startswith("onnx") else "the packed format")
     device = runs.resolve_device(args.device)
     args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
 
@@ -302,7 +306,12 @@ def main(argv=None) -> None:
             with run.timed("measuring"):  # what was saved, not what is in memory
                 dirs = {"dense": args.teacher} | ({} if args.student == args.teacher else {"pruned": args.student})
                 dirs |= {"ptq": run.dir / "ptq", **({"qat": run.model_dir} if args.num_epochs else {})}
-                measured, logits = eval_utils.measure_classifiers(dirs, split.validation, device)
+                onnx = export_onnx.exported(model, run.dir / "model.onnx") if args.export == "onnx" else {}
+                measured, logits = eval_utils.measure_classifiers(dirs, split.validation, device, others=onnx)
+                for name, session in onnx.items():
+                    logits[name] = export_onnx.predict(session, split.validation)
+                    measured[name] |= eval_utils.classification_metrics(logits[name], split.validation.labels)
+                    measured[name]["bytes"] = (run.dir / "model.onnx").stat().st_size
                 model.set_attn_implementation("sdpa")  # as loaded models have it: other kernels round other inputs otherwise
                 ours = eval_utils.predict(model, split.validation, device)
             packed = logits["qat" if args.num_epochs else "ptq"]
@@ -318,7 +327,8 @@ def main(argv=None) -> None:
     print(f"\nlogits after packing and loading: {run.record['reload_difference']:.1e} away, "
           f"{run.record['reload_agreement']:.2%} of the predictions the same")  # fmt: skip
     print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
-    print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}\ncurves  {run.dir / 'history.csv'}")
+    curves = f"\ncurves  {run.dir / 'history.csv'}" if args.num_epochs else ""
+    print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}{curves}")
 
 
 if __name__ == "__main__":

@@ -233,6 +233,7 @@ def prune_once_(pruner, split, args, teacher, rounds: int = 4) -> None:
     model.get_input_embeddings().requires_grad_(True)  # gates need the backward; of all weights, only the first do
     batches = data.in_order(split.train.lengths[: args.gradient_window * args.batch_size], args.batch_size)
     for i in range(rounds):
+        pruner.recorder.forget()
         for batch in data.loader(split.train, batches, model.device):
             with pruner.recorder.recording():
                 with train_utils.autocast(model.device, args.precision):
@@ -341,7 +342,8 @@ def main(argv=None) -> None:
     print("", table(eval_utils.layers_left(run.record["dense_layers"], run.record["layers"])),
           table(eval_utils.comparison(run.record["metrics"])), sep="\n\n")  # fmt: skip
     print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
-    print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}\ncurves  {run.dir / 'history.csv'}")
+    curves = f"\ncurves  {run.dir / 'history.csv'}" if args.num_epochs else ""
+    print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}{curves}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Teacher:
 
     def __init__(self, logits: torch.Tensor, features: torch.Tensor, device: torch.device):
         self.logits, self.features = logits.to(device), features.to(device)
-        self.scale = self.features.var(0).mean()
+        self.scale = self.features.var(0).mean() if len(features) > 1 else torch.ones((), device=device)
 
     @classmethod
     def cached(cls, path: Path, key: str, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]], device) -> Teacher:

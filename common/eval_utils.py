@@ -174,16 +174,20 @@ OF_QUANTISERS = ("_scale", "_zero_point", "_shape")  # how compressed-tensors ca
 
 
 def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: torch.device, batch_size: int = 32,
-                        length: int = 64) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:  # fmt: skip
+                        length: int = 64, others: dict | None = None
+                        ) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:  # fmt: skip
     """Everything a table of classifiers says, for models loaded from their directories, in fp32; and their logits.
 
     Accuracy and F1 on `validation`, parameters (of the whole model and of its blocks), bytes of the directory, MACs an
-    example of `length` tokens, latency and throughput on full batches of `batch_size` x `length`, peak memory of a fresh
-    process on such a batch; for all but the first, sparsity: the share of the first's block parameters that is gone.
+    example of `length` tokens, latency and throughput on full batches of `batch_size` x `length`, the latency of one example,
+    peak memory of a fresh process on such a batch; for all but the first, sparsity: the share of the first's block parameters
+    that is gone. others: what is called as a model is and only timed, in turns with the models.
     """
     models = {name: load_classifier(path).to(device) for name, path in model_dirs.items()}
     length = min([length, *(n_positions(model.config) or length for model in models.values())])
-    times = latency(models, batch_size, length, device)
+    timed = models | (others or {})
+    times, single = latency(timed, batch_size, length, device), latency(timed, 1, length, device)
+    times = {name: values | {"single_latency_ms": single[name]["latency_ms"]} for name, values in times.items()}
     logits = {name: predict(model, validation, device) for name, model in models.items()}  # (n, n_classes) each
     measured = {
         name: {
@@ -198,10 +202,10 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
         }
         for name, model in models.items()
     }
-    first, *others = measured.values()
-    for values in others:
+    first, *rest = measured.values()
+    for values in rest:
         values["sparsity"] = 1 - values["block_parameters"] / first["block_parameters"]
-    return measured, logits
+    return measured | {name: times[name] for name in others or {}}, logits
 
 
 # How a table shows what `measure_classifiers` returns: (key, label, text of a value, whether a ratio to the first says more).
@@ -218,6 +222,7 @@ ROWS = [
     ("peak_memory", "peak memory", lambda v: f"{v / 2**20:,.0f} MiB", True),
     ("latency_ms", "latency, median", lambda v: f"{v:.1f} ms", True),
     ("latency_p95_ms", "latency, p95", lambda v: f"{v:.1f} ms", True),
+    ("single_latency_ms", "latency, one example", lambda v: f"{v:.2f} ms", True),
     ("examples_per_second", "throughput", lambda v: f"{v:,.0f} /s", True),
 ]
 

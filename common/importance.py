@@ -111,6 +111,10 @@ class GateRecorder:
         self._window[self._n_kept % len(self._window)] = self.statistics()
         self._n_kept += 1
 
+    def forget(self) -> None:
+        """Empty the window."""
+        self._n_kept = 0
+
     def averages(self) -> list[Scores]:
         """The window's mean, one Scores for each name in `wanted`. A step of fp16 that overflowed counts as zero."""
         mean = self._window[: self._n_kept].nan_to_num(0, 0, 0).mean(0)

@@ -267,6 +267,8 @@ class Run:
     def __init__(self, out_dir: Path, experiment: str, config: dict[str, Any], name: str | None = None,
                  resume: str = "auto", wait: bool = False, tensorboard: bool = False):  # fmt: skip
         self.config = json.loads(json.dumps(config, default=str))
+        if name and Path(name).name != name:
+            raise UserError(f"--run_name {name}: expected the name of a directory, not a path. Use --out_dir for the place")
         self.dir = Path(out_dir) / experiment / (name or fingerprint(self.config))
         self.checkpoint_dir = self.dir / "checkpoint"
         self.model_dir = self.dir / "model"
@@ -293,9 +295,12 @@ class Run:
             raise UserError(f"{self.dir}: cannot be a run directory, a file is in the way. Use another --out_dir") from None
         self._lock = FileLock(self.dir.parent / f".{self.dir.name}.lock")
         try:
-            self._lock.acquire(timeout=-1 if self._wait else 0)
+            self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{self.dir}: another process is working on this run. Wait for it, or use --run_name") from None
+            if not self._wait:
+                raise UserError(f"{self.dir}: another process is working on this run. Wait for it, or use --run_name") from None
+            print(f"waiting for another process that makes {self.dir}", flush=True)
+            self._lock.acquire()
         try:
             self._open()
         except BaseException:

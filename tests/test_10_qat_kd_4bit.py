@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,15 @@ def test_every_choice_trains_and_packs_exactly(qat, flags, tmp_path, chosen):
     assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} <= {2, 3, 4, 8}
 
 
+def test_an_onnx_file_is_measured_too(qat, flags, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    folder, record = run(qat, [*flags, "--num_epochs", 1, "--export", "onnx"], tmp_path)
+    onnx, trained = record["metrics"]["onnx"], record["metrics"]["qat"]
+    assert onnx["n"] == 43 and onnx["accuracy"] == pytest.approx(trained["accuracy"], abs=0.05)
+    assert onnx["bytes"] == (folder / "model.onnx").stat().st_size and onnx["latency_ms"] > 0 and onnx["single_latency_ms"] > 0
+    assert re.search(r"onnx +ratio", capsys.readouterr().out)
+
+
 def test_training_brings_two_bits_back(qat, flags, tmp_path):
     argv = [*flags, "--weight_bits", 2, "--group_size", -1, "--num_epochs", 8, "--patience", 8]
     folder, record = run(qat, argv, tmp_path)
@@ -198,11 +208,10 @@ def refusal(qat, argv, capsys):
     (["--embedding_bits", 5], "--embedding_bits 5: expected one of 4, 8, 32"),
     (["--embedding_group_size", 64], "--embedding_group_size 64: .*word_embeddings has 32 columns, which it does not divide"),
     (["--pruned_model_path", "nowhere"], "nowhere: no config.json of a known model"),
+    (["--export", "onnx", "--weight_bits", 3], "--export onnx: takes 4-bit symmetric weights"),
     (["--max_length", 71], "--max_length 71: this bert model has 70 positions"),
 ])  # fmt: skip
 def test_values_that_do_not_fit(qat, flags, tmp_path, capsys, chosen, message):
-    import re
-
     assert re.search(message, refusal(qat, [*flags, *chosen, "--out_dir", tmp_path], capsys))
     assert not (tmp_path / "qat").exists()
 
