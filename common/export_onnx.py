@@ -76,7 +76,7 @@ class _Logits(nn.Module):
 def check_scheme(bits: int, symmetric: bool, activation_bits: int, activations: str, embedding_bits: int) -> None:
     """UserError for a scheme that the operators do not have."""
     if bits != 4 or not symmetric or activation_bits == 16 or activations == "static" or embedding_bits == 8:
-        raise UserError("--export onnx: takes 4-bit symmetric weights, inputs of 8 (dynamic) or 32 bits, and embeddings of 4 or "
+        raise UserError("--export onnx: takes 4-bit symmetric weights, inputs of 8 (dynamic) or 32, and embeddings of 4 or "
                         "32 bits; leave it out, or change these")  # fmt: skip
 
 
