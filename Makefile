@@ -1,4 +1,4 @@
-# make demo: a real pruned classifier, from nothing.   make test: the tests.   make lint: ruff.
+# make demo: a real pruned and a 4-bit classifier and their report, from nothing.   make test: the tests.   make lint: ruff.
 # Both work in the active virtual environment, or else make one in .venv and install the pinned requirements there.
 .PHONY: demo test lint environment results
 .DEFAULT_GOAL := demo
@@ -18,6 +18,8 @@ endif
 demo: environment
 	$(PYTHON) 1_prepare_data.py
 	$(PYTHON) 8_pruning_with_finetuning.py --fast
+	$(PYTHON) 10_qat_kd_4bit.py --fast
+	$(PYTHON) 7_evaluate_and_generate_report.py
 
 test: environment
 	$(PYTHON) -m pytest -n 2

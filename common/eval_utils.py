@@ -62,6 +62,18 @@ def classification_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str
     }
 
 
+def calibration_error(logits: torch.Tensor, labels: np.ndarray, n_bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - confidence| in bins of equal width of confidence, weighted by their examples.
+
+    Guo et al. 2017 (arXiv 1706.04599), eq. 3. logits: (n, C); labels: (n,).
+    """
+    confidence, predicted = (t.double().numpy() if t.is_floating_point() else t.numpy() for t in logits.softmax(1).max(1))
+    which = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    gaps = [abs((predicted[which == b] == labels[which == b]).mean() - confidence[which == b].mean()) * (which == b).mean()
+            for b in range(n_bins) if (which == b).any()]  # fmt: skip
+    return float(sum(gaps))
+
+
 # ------------------------------------------------------------------------------------------------------- size and work
 
 
@@ -174,19 +186,20 @@ OF_QUANTISERS = ("_scale", "_zero_point", "_shape")  # how compressed-tensors ca
 
 
 def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: torch.device, batch_size: int = 32,
-                        length: int = 64, others: dict | None = None
+                        length: int = 64, others: dict | None = None, seconds: float = 3.0, memory: bool = True
                         ) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:  # fmt: skip
     """Everything a table of classifiers says, for models loaded from their directories, in fp32; and their logits.
 
     Accuracy and F1 on `validation`, parameters (of the whole model and of its blocks), bytes of the directory, MACs an
     example of `length` tokens, latency and throughput on full batches of `batch_size` x `length`, the latency of one example,
     peak memory of a fresh process on such a batch; for all but the first, sparsity: the share of the first's block parameters
-    that is gone. others: what is called as a model is and only timed, in turns with the models.
+    that is gone. others: what is called as a model is and only timed, in turns with the models. seconds: of timing, each.
+    memory: whether to measure peak memory.
     """
     models = {name: load_classifier(path).to(device) for name, path in model_dirs.items()}
     length = min([length, *(n_positions(model.config) or length for model in models.values())])
     timed = models | (others or {})
-    times, single = latency(timed, batch_size, length, device), latency(timed, 1, length, device)
+    times, single = (latency(timed, n, length, device, seconds=seconds) for n in (batch_size, 1))
     times = {name: values | {"single_latency_ms": single[name]["latency_ms"]} for name, values in times.items()}
     logits = {name: predict(model, validation, device) for name, model in models.items()}  # (n, n_classes) each
     measured = {
@@ -197,7 +210,7 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
                                     for name, p in part.named_parameters() if not name.endswith(OF_QUANTISERS)),
             "bytes": directory_bytes(model_dirs[name]),
             "macs_per_example": macs_per_example(model, length),
-            "peak_memory": peak_memory(model_dirs[name], batch_size, length, device),
+            **({"peak_memory": peak_memory(model_dirs[name], batch_size, length, device)} if memory else {}),
             **times[name],
         }
         for name, model in models.items()
