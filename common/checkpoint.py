@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
 import random
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +192,30 @@ def _auto_class(name: str) -> str:
     return "AutoModel"
 
 
+@contextmanager
+def _no_bars():
+    """compressed-tensors shows a progress bar for each of its stages, and has no switch for them."""
+    from tqdm import std
+
+    original = std.tqdm.__init__
+    std.tqdm.__init__ = functools.partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        std.tqdm.__init__ = original
+
+
 def load_model(directory: Path, auto_class, **kwargs):
     """`auto_class.from_pretrained`, for plain models and for ours of uneven shapes, running no code from the directory."""
     try:
         config = AutoConfig.from_pretrained(directory)
         if "modeling_pruned." in str(getattr(config, "auto_map", "")):
             auto_class = getattr(modeling_pruned, config.architectures[0])
-        return auto_class.from_pretrained(directory, use_safetensors=True, **kwargs)
+        with _no_bars():
+            model = auto_class.from_pretrained(directory, use_safetensors=True, **kwargs)
+            if getattr(config, "quantization_config", None):  # unpacked now and not in the first forward
+                model.hf_quantizer.compressor.decompress_model(model)
+        return model
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory}: not loadable as {auto_class.__name__} ({str(error).splitlines()[0]}). "
                         "Expected config.json and *.safetensors of a supported model") from None  # fmt: skip

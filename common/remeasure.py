@@ -28,8 +28,6 @@ def remeasure(model_dir: Path, task_dir: Path, max_length: int, student: Path | 
     split = data.tokenize(texts[:n], labels[:n], tokenizer, max_length)
     timing = (settings["batch"], settings["length"], None, settings["seconds"])
     measured, logits = eval_utils.measure_classifiers({"model": model_dir}, split, device, *timing, memory=False)
-    with torch.inference_mode():  # packed weights are unpacked by the first forward
-        model(input_ids=torch.ones(1, 4, dtype=torch.int64, device=device))
     before = checkpoint.load_classifier(student) if student else None
     return measured["model"] | {
         "calibration_error": eval_utils.calibration_error(logits["model"], split.labels, CALIBRATION_BINS),

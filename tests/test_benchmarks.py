@@ -82,3 +82,29 @@ def test_met_follows_from_value_and_target(overhead, values, target, at, met):
     row = overhead.measure("x", values, "x", target, at)
     assert row["met"] is met
     assert overhead.lines_of([row])[1][-1] == {True: "yes", False: "missed", None: None}[met]
+
+
+def qat_row(case, seed, qat, onnx=None):
+    dense = {"accuracy": 0.90, "bytes": 90.0, "latency_ms": 200.0, "single_latency_ms": 12.0, "n": 872}
+    metrics = {"dense": dense, "ptq": {"accuracy": 0.80}, "qat": {"accuracy": qat, "bytes": 9.0, "bits_per_weight": 4.4}}
+    if "pruned" in case:
+        metrics["pruned"] = {"accuracy": 0.899}
+    if onnx:
+        metrics["onnx"] = {"accuracy": qat, "latency_ms": onnx, "single_latency_ms": 3.0}
+    return {"case": case, "seed": seed, "metrics": metrics, "environment": {"threads": 2, "cpu": "X"}}
+
+
+def test_the_tables_of_qat_accuracy_judge_by_the_means():
+    spec = importlib.util.spec_from_file_location("qat_accuracy", REPOSITORY / "benchmarks" / "qat_accuracy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = [qat_row("W4", 0, 0.8960), qat_row("W4", 1, 0.9000), qat_row("W3", 0, 0.8920), qat_row("W2 minmax", 0, 0.5),
+            qat_row("W4 pruned", 0, 0.8960, onnx=80.0)]  # fmt: skip
+    lines = {cells[0]: cells[1:] for line in module.tables(rows).splitlines() if line.startswith("|")
+             for cells in [[cell.strip() for cell in line.strip("|").split("|")]]}  # fmt: skip
+    assert lines["W4"][0] == "2" and lines["W4"][5] == "-0.20" and lines["W4"][-1] == "yes"  # as much as is allowed
+    assert lines["W3"][5] == "-0.80" and lines["W3"][-1] == "no" and lines["W2 minmax"][-1] == ""
+    assert lines["W4 pruned"][5] == "-0.40" and lines["W4 pruned"][7] == "-0.30" and lines["W4 pruned"][-1] == "no"
+    assert lines["bytes of the directory"] == ["1/10.00", "1/9", "yes"]
+    assert lines["speed of the ONNX file, 32 x 64 tokens"] == ["2.50x", "3x", "no"]
+    assert lines["speed of the ONNX file, 1 x 64 tokens"] == ["4.00x", "3x", "yes"]
