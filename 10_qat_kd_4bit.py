@@ -70,22 +70,28 @@ PRESETS = [
 N_CALIBRATION = 256  # examples that the static input scales start from
 
 
-def find_student(args) -> Path:
-    """The directory to quantise: the given one, or the latest that script 8 finished, which is run if there is none."""
+def find_student(args, task) -> Path:
+    """The directory to quantise: the given one, or the latest that script 8 finished on the task; if there is none, it is run."""
+
+    def finished() -> list[Path]:
+        return [folder / "model" for folder, record in runs.finished_runs(args.out_dir, "prune")
+                if task.record["sha256"] in [asset["sha256"] for asset in record["config"]["assets"]]]  # fmt: skip
+
     if args.pruned_model_path is not None:
         return args.pruned_model_path
-    if not (found := runs.finished_runs(args.out_dir, "prune")):
+    if not (found := finished()):
         if args.dry_run:
-            raise UserError(f"{args.out_dir / 'prune'}: no finished run. Run: python 8_pruning_with_finetuning.py --fast")
+            raise UserError(f"{args.out_dir / 'prune'}: no finished run on {task.record['name']}. "
+                            "Run: python 8_pruning_with_finetuning.py --fast")  # fmt: skip
         named = ("model", "task", "source", "local_dir", "text_column", "label_column", "data_dir", "out_dir", "seed", "device")
         given = [part for n in named if (value := getattr(args, n)) is not None for part in (f"--{n}", str(value))]
         command = ["8_pruning_with_finetuning.py", *(["--fast"] if args.fast else []), *given]
-        print(f"no pruned model under {args.out_dir}; making one: python {' '.join(command)}", flush=True)
+        print(f"no pruned model of this task under {args.out_dir}; making one: python {' '.join(command)}", flush=True)
         done = subprocess.run([sys.executable, runs.REPOSITORY / command[0], *command[1:]], check=False)
         if done.returncode:
             raise UserError(f"{command[0]} ended with exit status {done.returncode}: no model to quantise")
-        found = runs.finished_runs(args.out_dir, "prune")
-    return found[0][0] / "model"
+        found = finished()
+    return found[0]
 
 
 def find_teacher(args, student: Path) -> Path:
@@ -114,8 +120,8 @@ def check(args, student, teacher, names: list[str]) -> None:
                           ("activation_bits", (8, 16, 32)), ("embedding_bits", (4, 8, 32))):  # fmt: skip
         if getattr(args, flag) not in allowed:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected one of {', '.join(map(str, allowed))}")
-    if args.export == "onnx":
-        export_onnx.check_scheme(args.weight_bits, args.symmetric, args.activation_bits, args.activations, args.embedding_bits)
+    if args.export != "none":
+        export_onnx.check_scheme(args.weight_bits, args.symmetric, args.embedding_bits)
     ours, theirs = ((c.hidden_size, len(blocks_of(m))) for m in (student, teacher) for c in (m.config,))
     matching = [f"--{n}_weight 0" for n in ("hidden", "attention", "embedding", "feature") if getattr(args, f"{n}_weight")]
     if ours != theirs and matching:
@@ -250,19 +256,20 @@ memory    about {memory / 2**20:,.0f} MiB for a step on the longest batch
 def main(argv=None) -> None:
     parser = runs.Parser(__doc__, PRESETS, shared=tuple(runs.SHARED_FLAGS))
     parser.add_argument("--pruned_model_path", type=Path, help="classifier to quantise [the latest of script 8 under out/]")
-    parser.add_argument("--export", default="none", choices=("none", "onnx"), help="write model.onnx too, and run it [none]")
+    parser.add_argument("--export", default="none", choices=("none", "onnx", "onnx_int8"),
+                        help="write model.onnx too, with inputs of fp32 or int8, and run it [none]")  # fmt: skip
     parser.add_argument("--teacher_path", type=Path, help="its dense model [the one that its run names]")
     args = parser.parse_args(argv)
     runs.quiet_transformers()
-    for package in ("compressed_tensors", *(("onnx", "onnxruntime", "onnxscript") if args.export == "onnx" else ())):
+    for package in ("compressed_tensors", *(("onnx", "onnxruntime", "onnxscript") if args.export != "none" else ())):
         runs.require(package, "--export onnx" if package.startswith("onnx") else "the packed format")
     device = runs.resolve_device(args.device)
     args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
 
     # Everything that can be refused is refused before a model is loaded
-    args.student = find_student(args)
-    args.teacher = find_teacher(args, args.student)
     task = assets.prepare_task(args.task, args.data_dir, args.source, args.local_dir, args.text_column, args.label_column)
+    args.student = find_student(args, task)
+    args.teacher = find_teacher(args, args.student)
     shape = outline(args.student)
     check(args, shape, outline(args.teacher), data.label_names(task.path))
     args.learning_rate = args.learning_rate or 0.04 / shape.config.hidden_size
@@ -306,7 +313,7 @@ def main(argv=None) -> None:
             with run.timed("measuring"):  # what was saved, not what is in memory
                 dirs = {"dense": args.teacher} | ({} if args.student == args.teacher else {"pruned": args.student})
                 dirs |= {"ptq": run.dir / "ptq", **({"qat": run.model_dir} if args.num_epochs else {})}
-                onnx = export_onnx.exported(model, run.dir / "model.onnx") if args.export == "onnx" else {}
+                onnx = export_onnx.exported(model, run.dir / "model.onnx", args.export)
                 measured, logits = eval_utils.measure_classifiers(dirs, split.validation, device, others=onnx)
                 for name, session in onnx.items():
                     logits[name] = export_onnx.predict(session, split.validation)

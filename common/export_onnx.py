@@ -1,8 +1,9 @@
 """Quantised models as ONNX graphs whose weights stay 4-bit, and what ONNX Runtime makes of them.
 
-Every quantised Linear becomes a `MatMulNBits` and every quantised Embedding a `GatherBlockQuantized` (operators of
-`com.microsoft`, which ONNX Runtime has on CPUs and GPUs). With 8-bit activations the kernels round the inputs in blocks of the
-weights' group, with a scale each, where training rounds a token with one scale: finer, so close, and not bit for bit the same.
+Every quantised Linear becomes a `MatMulNBits`, every quantised Embedding a `GatherBlockQuantized`, every attention a
+`MultiHeadAttention` (operators of `com.microsoft`, which ONNX Runtime has on CPUs and GPUs). Inputs stay fp32, so what training
+rounded is not rounded here; or (`int8_inputs`) the kernel rounds them to 8 bits, in blocks of the weights' group with a scale
+each, where training has one scale for the token. Either is finer than training, so close to it and not bit for bit the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from common.data import Split, collate, in_order
 from common.quantizers import QuantizedEmbedding, QuantizedLinear, quantized_modules
@@ -31,7 +34,7 @@ def _nibbles(integers: torch.Tensor, block: int) -> torch.Tensor:
 
 
 class _Linear(nn.Module):
-    def __init__(self, module: QuantizedLinear):
+    def __init__(self, module: QuantizedLinear, int8_inputs: bool):
         super().__init__()
         integers, scale, _ = module.integers()
         self.k, self.n = module.in_features, module.out_features
@@ -39,7 +42,7 @@ class _Linear(nn.Module):
         self.register_buffer("packed", _nibbles(integers, self.block))
         self.register_buffer("scale", scale.expand(-1, self.packed.shape[1]).flatten())
         self.bias = module.bias
-        self.level = 4 if module.activation_bits == 8 else 1  # 4: int8 inputs, 1: fp32
+        self.level = 4 if int8_inputs else 1
 
     def forward(self, x):
         attributes = {"K": self.k, "N": self.n, "bits": 4, "block_size": self.block, "accuracy_level": self.level}
@@ -64,6 +67,17 @@ class _Embedding(nn.Module):
                                        dtype=torch.float32, shape=(*ids.shape, self.width), version=1)  # fmt: skip
 
 
+def _attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention as one operator. query, key, value: (B, heads, T, head_dim); attention_mask: (B, 1, T, T), added."""
+    (batch, heads, length, width), rest = query.shape, (query, key, value)
+    flat = [t.transpose(1, 2).reshape(batch, length, heads * width) for t in rest]
+    attributes = {"num_heads": heads, "scale": float(scaling or width**-0.5)}
+    bias = [] if attention_mask is None else [None, None, attention_mask]
+    mixed = torch.onnx.ops.symbolic(f"{DOMAIN}::MultiHeadAttention", (*flat, *bias), attributes, dtype=query.dtype,
+                                    shape=(batch, length, heads * width), version=1)  # fmt: skip
+    return mixed.view(batch, length, heads, width), None
+
+
 class _Logits(nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -73,20 +87,22 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def check_scheme(bits: int, symmetric: bool, activation_bits: int, activations: str, embedding_bits: int) -> None:
+def check_scheme(bits: int, symmetric: bool, embedding_bits: int) -> None:
     """UserError for a scheme that the operators do not have."""
-    if bits != 4 or not symmetric or activation_bits == 16 or activations == "static" or embedding_bits == 8:
-        raise UserError("--export onnx: takes 4-bit symmetric weights, inputs of 8 (dynamic) or 32, and embeddings of 4 or "
-                        "32 bits; leave it out, or change these")  # fmt: skip
+    if bits != 4 or not symmetric or embedding_bits == 8:
+        raise UserError("--export onnx: takes 4-bit symmetric weights, and embeddings of 4 or 32 bits; leave it out, or change "
+                        "these")  # fmt: skip
 
 
-def export(model, path: Path) -> None:
+def export(model, path: Path, int8_inputs: bool = False) -> None:
     """Write a model with quantisers in it (symmetric, 4 bits) as an ONNX file; inputs input_ids, attention_mask: (B, T)."""
     twin = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    twin.set_attn_implementation("sdpa")
+    AttentionInterface.register("onnx_operator", _attention)
+    AttentionMaskInterface.register("onnx_operator", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    twin.set_attn_implementation("onnx_operator")
     for name, module in quantized_modules(twin).items():
         parent, _, child = name.rpartition(".")
-        new = _Linear(module) if isinstance(module, QuantizedLinear) else _Embedding(module)
+        new = _Linear(module, int8_inputs) if isinstance(module, QuantizedLinear) else _Embedding(module)
         setattr(twin.get_submodule(parent), child, new)
     ids, mask = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
@@ -98,9 +114,11 @@ def export(model, path: Path) -> None:
     beside.replace(path)
 
 
-def exported(model, path: Path) -> dict[str, Session]:
-    """`export`, and the file as a session, by the name it has in tables."""
-    export(model, path)
+def exported(model, path: Path, kind: str) -> dict[str, Session]:
+    """For the kind "onnx" or "onnx_int8" `export`, and the file as a session by its name in tables; for "none" nothing."""
+    if kind == "none":
+        return {}
+    export(model, path, kind == "onnx_int8")
     return {"onnx": Session(path)}
 
 
@@ -118,7 +136,10 @@ def quiet():
 
 
 class Session:
-    """An ONNX file, run by ONNX Runtime on the CPU with as many threads as torch uses; called as a model is."""
+    """An ONNX file, run by ONNX Runtime on the CPU with as many threads as torch uses; called as a model is.
+
+    One of its optimizers is off: the fused norm of ONNX Runtime 1.31 takes four times as long as the plain one here.
+    """
 
     def __init__(self, path: Path):
         import onnxruntime
@@ -126,7 +147,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"],
+                                                     disabled_optimizers=["SkipLayerNormFusion"])  # fmt: skip
         self.training = False
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> np.ndarray:

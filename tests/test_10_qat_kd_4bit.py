@@ -91,6 +91,12 @@ def test_the_latest_pruned_model_is_found_and_its_dense_model(qat, flags, prunin
     assert f"{STEPS} in 2 epochs" in plan and not (pruning_out / "qat").exists()
 
 
+def test_a_pruned_model_of_another_task_is_not_taken(qat, flags, pruning_out, tmp_path, capsys):
+    other = eight.write_csv(tmp_path / "other.csv", ["bad", "good"], n=200)
+    argv = ["--task", other, "--data_dir", tmp_path / "data", "--out_dir", pruning_out, *FLAGS, "--dry_run"]
+    assert "no finished run on" in refusal(qat, argv, capsys)
+
+
 def test_without_a_pruned_model_one_is_made(qat, tiny, classifier, base, tmp_path, capsys, monkeypatch):  # noqa: F811
     """By script 8, with the same task and places: here its stand-in calls it in this process, with small values."""
 
@@ -107,7 +113,7 @@ def test_without_a_pruned_model_one_is_made(qat, tiny, classifier, base, tmp_pat
     places = ["--model", classifier, "--task", tiny / "texts.csv", "--data_dir", tiny / "data"]
     argv = ["--fast", *places, *FLAGS, "--num_epochs", 0]
     _, record = run(qat, argv, tmp_path)
-    assert "no pruned model under" in capsys.readouterr().out and list(record["metrics"]) == ["dense", "pruned", "ptq"]
+    assert "no pruned model of this task under" in capsys.readouterr().out and list(record["metrics"]) == ["dense", "pruned", "ptq"]
 
 
 def test_a_dense_student_is_its_own_teacher(qat, flags, classifier, tmp_path):  # noqa: F811
