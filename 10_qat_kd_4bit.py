@@ -71,7 +71,7 @@ N_CALIBRATION = 256  # examples that the static input scales start from
 
 
 def find_student(args, task) -> Path:
-    """The directory to quantise: the given one, or the latest that script 8 finished on the task; if there is none, it is run."""
+    """The directory to quantise: the given one, or the latest of script 8 on this task; if there is none, it is run."""
 
     def finished() -> list[Path]:
         return [folder / "model" for folder, record in runs.finished_runs(args.out_dir, "prune")
