@@ -106,13 +106,17 @@ class _FixedOrLearned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         groups, scale, zero = ctx.saved_tensors
-        low, high = (end if zero is None else end - zero.unsqueeze(-1) for end in integer_range(ctx.bits))
+        low, high = integer_range(ctx.bits)
+        middle, half = (low + high) / 2, (high - low) / 2
         exact = groups / scale.unsqueeze(-1)
-        inside = (exact >= low) & (exact <= high)
-        passed, of_scale = grad * inside, None
+        if zero is not None:
+            middle = middle - zero.unsqueeze(-1)
+        passed, of_scale = grad * ((exact - middle).abs_() <= half), None
         if ctx.needs_input_grad[1]:
-            step = exact.clamp(low, high).round_().sub_(exact.mul_(inside))
-            of_scale = step.mul_(grad).sum(-1) * (groups.shape[-1] * max(integer_range(ctx.bits)[1], 1)) ** -0.5
+            ends = (low, high) if zero is None else (low - zero.unsqueeze(-1), high - zero.unsqueeze(-1))
+            rounded = exact.round().clamp_(*ends)
+            of_scale = rounded.mul_(grad).sum(-1) - exact.mul_(passed).sum(-1)
+            of_scale *= (groups.shape[-1] * max(high, 1)) ** -0.5
         return passed, of_scale, None, None
 
 
