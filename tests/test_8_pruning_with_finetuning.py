@@ -889,4 +889,4 @@ def test_a_copy_becomes_an_experiment(quick, tmp_path):
     stages = read_json(only_run(tmp_path / "out") / "model" / "compression.json")["stages"]
     assert stages[0]["asked"]["script"] == "my_experiment.py" and stages[0]["asked"]["importance"] == f"{name}+fisher"
     assert record["metrics"]["pruned"]["peak_memory"] > 2**20 and record["metrics"]["pruned"]["runs"] >= 10
-    assert "latency, median" in done.stdout and done.stdout.rstrip().endswith("history.csv")
+    assert "latency, median" in done.stdout and done.stdout.rstrip().endswith("run.json")
