@@ -34,8 +34,8 @@ from common.checkpoint import load_classifier, outline
 from common.quantizers import WeightScheme
 from common.runs import Run, UserError, table
 
-# The guide's fast mode gives up hidden states, which cost it 1.8x of a step. So it does here: the teacher's cached token of
-# classification (feature_weight) says most of what they say and costs nothing.
+# The guide's fast mode gives up hidden states, which cost it 1.8x of a step, and so does this one: they need the teacher to run
+# in every step. Its token of classification (feature_weight) is cached, so fast keeps that.
 PRESETS = [
     # flag, full, fast, meaning, limits
     ("num_epochs", 2, 1, "passes over the training data; 0: quantise without training", (0, 10**4)),
@@ -75,7 +75,7 @@ def find_student(args, task) -> Path:
 
     def finished() -> list[Path]:
         return [folder / "model" for folder, record in runs.finished_runs(args.out_dir, "prune")
-                if task.record["sha256"] in [asset["sha256"] for asset in record["config"]["assets"]]]  # fmt: skip
+                if task.record["sha256"] in [asset["sha256"] for asset in record["config"].get("assets", [])]]  # fmt: skip
 
     if args.pruned_model_path is not None:
         return args.pruned_model_path
@@ -172,7 +172,7 @@ def objective(output, attention, batch, teacher, states, args):
 
 
 def fit(model, dense, split, args, run, teacher) -> None:
-    """Quantisation-aware training; goes on from the run's checkpoint. The best epoch's tensors are kept in best.pt.
+    """Quantisation-aware training; goes on from the run's checkpoint. The best epoch's are kept in best.safetensors.
 
     dense: the teacher itself where its states are to be matched, else None.
     """
