@@ -41,7 +41,7 @@ PRESETS = [
     ("num_epochs", 2, 1, "passes over the training data; 0: quantise without training", (0, 10**4)),
     ("batch_size", 16, 32, "examples per optimizer step", (1, 10**6)),
     ("train_fraction", 1.0, 0.3, "share of the training data in an epoch; the next one takes other examples", (1e-6, 1)),
-    ("validation_fraction", 1.0, 0.5, "share of the held-out slice of the training data scored at each epoch", (1e-6, 1)),
+    ("validation_fraction", 1.0, 1.0, "share of the held-out slice of the training data scored at each epoch", (1e-6, 1)),
     ("max_length", 128, 64, "tokens that an example is cut to"),
     ("hidden_weight", 1.0, 0.0, "of matching the teacher's hidden states, all layers", (0, 1000)),
     ("attention_weight", 1.0, 0.0, "of matching what the teacher's attention adds, all layers", (0, 1000)),
@@ -57,7 +57,7 @@ PRESETS = [
     ("activations", "dynamic", "dynamic", "a scale for each token, or one learned for all", ("dynamic", "static")),
     ("embedding_bits", 4, 4, "of the embeddings: 4, 8, or 32 for none", (4, 32)),
     ("embedding_group_size", -1, -1, "as group_size, of the embeddings", (-1, 128)),
-    ("learning_rate", 0.0, 0.0, "peak learning rate; 0: 0.04 / width of the model", (0, 10)),
+    ("learning_rate", 0.0, 0.0, "peak learning rate; 0: 0.2 / width of the model / 2^weight_bits", (0, 10)),
     ("scale_rate", 0.1, 0.1, "learning rate of the scales, as a share of it", (0, 10)),
     ("weight_decay", 0.0, 0.0, "of AdamW, on matrices", (0, 10)),
     ("warmup", 0.1, 0.1, "share of the steps in which the learning rate rises", (0, 1)),
@@ -172,7 +172,8 @@ def objective(output, attention, batch, teacher, states, args):
 
 
 def fit(model, dense, split, args, run, teacher) -> None:
-    """Quantisation-aware training; goes on from the run's checkpoint. The best epoch's are kept in best.safetensors.
+    """Quantisation-aware training; goes on from the run's checkpoint. The best weights are kept in best.safetensors: those of
+    an epoch, or the ones it started from.
 
     dense: the teacher itself where its states are to be matched, else None.
     """
@@ -187,7 +188,13 @@ def fit(model, dense, split, args, run, teacher) -> None:
         step, finished, losses = state["step"], state["finished"], [*state["losses"].to(device)]
         checkpoint.restore_(state, parts)
         print(f"{f'warning: {warning}; ' if warning else ''}resumed at step {step:,} of {total:,}")
-    run.rewind(step)
+    run.rewind(step if state else -1)
+    if not state:  # without training is a candidate too, where training loses more than noise
+        accuracy = selection_accuracy(model, split, args)
+        stopping.update(accuracy - args.min_delta)
+        checkpoint.save_tensors(run.dir / "best.safetensors", model.state_dict())
+        run.log(0, "ptq", selection_accuracy=accuracy)
+        print(f"PTQ  selection accuracy {accuracy:.4f}", flush=True)
     forward = torch.compile(model, dynamic=True) if args.compile else model
     if dense is not None:
         train_utils.choose_attention_(dense)
@@ -272,7 +279,7 @@ def main(argv=None) -> None:
     args.teacher = find_teacher(args, args.student)
     shape = outline(args.student)
     check(args, shape, outline(args.teacher), data.label_names(task.path))
-    args.learning_rate = args.learning_rate or 0.04 / shape.config.hidden_size
+    args.learning_rate = args.learning_rate or 0.2 / shape.config.hidden_size / 2**args.weight_bits  # coarse steps, large ones
     tokenizer = data.load_tokenizer(args.student, shape.config)
     split = data.load_classification(task.path, tokenizer, args.max_length, args.n_selection, args.validation_fraction,
                                      args.seed)  # fmt: skip
@@ -296,7 +303,6 @@ def main(argv=None) -> None:
             with run.timed("quantising"), eval_utils.evaluating(model):
                 quantizers.calibrate_(model, map(data.inputs_of, batches))
             bits = {"ptq": save(run.dir / "ptq", model, tokenizer, args, "ptq")}
-            print(f"PTQ: selection accuracy {selection_accuracy(model, split, args):.4f}", flush=True)
             if args.num_epochs:
                 dense = load_classifier(args.teacher).to(device).eval()
                 with run.timed("teacher"):

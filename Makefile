@@ -31,4 +31,6 @@ lint: environment
 results: environment
 	$(PYTHON) benchmarks/pruning_overhead.py
 	$(PYTHON) benchmarks/pruning_frontier.py
+	$(PYTHON) benchmarks/qat_overhead.py
+	$(PYTHON) benchmarks/qat_accuracy.py
 	$(PYTHON) benchmarks/update_readme.py

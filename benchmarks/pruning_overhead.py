@@ -22,7 +22,6 @@ Writes benchmarks/results/pruning_overhead.json (settings, measures, median and 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shlex
@@ -42,7 +41,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from update_readme import load_script  # noqa: E402
 
 from common import assets, checkpoint, data, distill, eval_utils, runs, train_utils  # noqa: E402
 
@@ -243,9 +244,7 @@ def main(argv=None) -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results",
                         help="folder of the record and the table [benchmarks/results]")  # fmt: skip
     args = parser.parse_args(argv)
-    spec = importlib.util.spec_from_file_location("script_8", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(SCRIPT)
     runs.quiet_transformers()
     device = runs.resolve_device(args.device)
     base = assets.resolve_model(args.model, args.data_dir)

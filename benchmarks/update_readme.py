@@ -32,13 +32,18 @@ def generated(name: str) -> str:
     return path.read_text(encoding="utf-8") if kind == "results" else presets(path)
 
 
-def presets(script: Path) -> str:
-    """A script's preset table, full and fast side by side."""
-    spec = importlib.util.spec_from_file_location("script", script)
+def load_script(path: Path):
+    """A script as a module: names that start with a digit cannot be imported by `import`."""
+    spec = importlib.util.spec_from_file_location("script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def presets(script: Path) -> str:
+    """A script's preset table, full and fast side by side."""
     rows = [["flag", "full", "fast", "meaning"]]
-    for row in (Preset(*row) for row in module.PRESETS):
+    for row in (Preset(*row) for row in load_script(script).PRESETS):
         values = [{True: "on", False: "off"}[v] if isinstance(v, bool) else str(v) for v in (row.full, row.fast)]
         rows.append([f"`--{row.flag}`", *values, row.meaning])
     return table(rows, markdown=True) + "\n"

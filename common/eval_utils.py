@@ -106,7 +106,7 @@ def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, de
     """Milliseconds of a forward (median, p95) and examples per second, for models on the same full batch.
 
     The models take turns, so that a drift of the machine's speed falls on all of them; each is warmed up first and the
-    device is synchronised around every run. At least ten runs each, and about `seconds` in all for each model.
+    device is synchronised around every run. As many turns as the slowest needs for `seconds`, at least ten.
     """
     batch = _timing_batch(batch_size, length, device)
 
@@ -128,7 +128,7 @@ def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, de
                 model.eval()
                 for _ in range(3):
                     run(model)
-            while any(len(t) < 10 or sum(t) < seconds for t in times.values()):
+            while any(len(t) < 10 for t in times.values()) or max(map(sum, times.values())) < seconds:
                 for name, model in models.items():
                     times[name].append(run(model))
     finally:

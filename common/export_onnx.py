@@ -25,6 +25,8 @@ from common.quantizers import QuantizedEmbedding, QuantizedLinear, quantized_mod
 from common.runs import UserError
 
 DOMAIN = "com.microsoft"
+
+
 def _nibbles(integers: torch.Tensor, block: int) -> torch.Tensor:
     """int8 (rows, columns) of 4 bits -> uint8 (rows, blocks, block / 2): offset by 8, two in a byte, the first one low."""
     rows, columns = integers.shape
@@ -109,9 +111,26 @@ def export(model, path: Path, int8_inputs: bool = False) -> None:
     with quiet():
         program = torch.onnx.export(_Logits(twin).eval(), (ids, mask), dynamo=True, input_names=["input_ids", "attention_mask"],
                                     output_names=["logits"], dynamic_shapes=(free, free), verbose=False)  # fmt: skip
+    _drop_reshapes(program.model)
     beside = path.with_name(f".{path.name}.new")
     program.save(beside)
     beside.replace(path)
+
+
+def _drop_reshapes(graph_model) -> None:
+    """Take out chains of Reshapes that end in the shape they began with: what splits heads and joins them again."""
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in graph_model.graph:
+        if node.op_type != "Reshape":
+            continue
+        source = node.inputs[0]
+        while (before := source.producer()) is not None and before.op_type == "Reshape":
+            source = before.inputs[0]
+        if source.shape is not None and source.shape == node.outputs[0].shape:
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], source)
+    RemoveUnusedNodesPass()(graph_model)
 
 
 def exported(model, path: Path, kind: str) -> dict[str, Session]:
@@ -146,7 +165,7 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # between runs the threads leave the cores alone
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"],
                                                      disabled_optimizers=["SkipLayerNormFusion"])  # fmt: skip
         self.training = False

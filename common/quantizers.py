@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from common.runs import UserError
 
-EPS = torch.finfo(torch.float32).eps  # the scale of a group of zeros
+TINY = torch.finfo(torch.float32).tiny  # the scale of a group of zeros
+EPS = torch.finfo(torch.float32).eps  # the least scale that is learned
 
 
 class WeightScheme(NamedTuple):
@@ -48,11 +49,9 @@ def minmax_scale(groups: torch.Tensor, bits: int, symmetric: bool) -> tuple[torc
     """
     low, high = integer_range(bits)
     if symmetric:
-        scale = groups.abs().amax(-1) / ((high - low) / 2)
-        return scale.masked_fill(scale == 0, EPS), None
+        return (groups.abs().amax(-1) / ((high - low) / 2)).clamp_min_(TINY), None
     least, most = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    scale = (most - least) / (high - low)
-    scale = scale.masked_fill(scale == 0, EPS)
+    scale = ((most - least) / (high - low)).clamp_min_(TINY)
     return scale, (low - least / scale).round().clamp(low, high)
 
 
@@ -62,7 +61,7 @@ def mse_scale(groups: torch.Tensor, bits: int, symmetric: bool,
     least_error = best_scale = best_zero = None
     for factor in torch.linspace(1.0, 0.2, n_steps).tolist():  # over candidates, all groups at once
         scale, zero = minmax_scale(groups * factor, bits, symmetric)
-        error = (dequantize(to_integers(groups, scale, zero, bits), scale, zero) - groups).square().sum(-1)
+        error = (dequantize_(to_integers(groups, scale, zero, bits), scale, zero) - groups).square().sum(-1)
         if least_error is None:
             least_error, best_scale, best_zero = error, scale, zero
             continue
@@ -75,81 +74,126 @@ def mse_scale(groups: torch.Tensor, bits: int, symmetric: bool,
 SCALES = {"minmax": minmax_scale, "mse": mse_scale, "lsq": mse_scale}  # lsq: where learning starts
 
 
-def to_integers(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
+def to_integers(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int,
+                out: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """(..., group_size) values to integers in the range of `bits`, still as floats."""
-    scaled = groups / scale.unsqueeze(-1)
+    scaled = torch.div(groups, scale.unsqueeze(-1), out=out)
     if zero is not None:
         scaled += zero.unsqueeze(-1)
     return scaled.clamp_(*integer_range(bits)).round_()
 
 
-def dequantize(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-    return (integers if zero is None else integers - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+def dequantize_(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """The values that integers (..., group_size) stand for, in their place."""
+    if zero is not None:
+        integers -= zero.unsqueeze(-1)
+    return integers.mul_(scale.unsqueeze(-1))
 
 
 # ---------------------------------------------------------------------------------------------------- fake quantisation
 
+_scratch: dict[tuple, torch.Tensor] = {}
+
+
+def _scratch_like(x: torch.Tensor, name: str) -> torch.Tensor:
+    """A tensor to work in that is used again and again, so that it stays in the processor's cache."""
+    if torch.compiler.is_compiling():
+        return torch.empty_like(x)
+    key = (name, x.device, x.dtype)
+    if key not in _scratch or _scratch[key].numel() < x.numel():
+        with torch.inference_mode(False):  # training shall be able to write to it too
+            _scratch[key] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+    return _scratch[key][: x.numel()].view(x.shape)
+
 
 class _FixedOrLearned(torch.autograd.Function):
-    """Fake quantisation of groups whose scale is given: learned by Esser et al. 2020 (arXiv 1902.08153), eq. 1 to 5.
+    """Fake quantisation of (rows, columns) whose scales (rows, groups) are given: learned by Esser et al. 2020
+    (arXiv 1902.08153), eq. 1 to 5.
 
     The gradient passes to what lies inside the range. The scale's is (rounded - exact) inside and the end of the range
     outside, times the gradient, summed over the group, times 1 / sqrt(group_size * largest integer).
     """
 
     @staticmethod
-    def forward(ctx, groups, scale, zero, bits):
-        ctx.save_for_backward(groups, scale, zero)
-        ctx.bits = bits
-        return dequantize(to_integers(groups, scale, zero, bits), scale, zero)
+    def forward(ctx, weight, scale, zero, bits, dtype):
+        scale = scale.clamp_min(EPS)
+        ctx.save_for_backward(weight, scale, zero)
+        ctx.bits, groups = bits, weight.view(*scale.shape, -1)
+        out = None if dtype == weight.dtype else _scratch_like(groups, "rounded")
+        return dequantize_(to_integers(groups, scale, zero, bits, out), scale, zero).to(dtype).view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        groups, scale, zero = ctx.saved_tensors
+        weight, scale, zero = ctx.saved_tensors
+        groups, grad = weight.view(*scale.shape, -1), grad.reshape(*scale.shape, -1)
         low, high = integer_range(ctx.bits)
-        middle, half = (low + high) / 2, (high - low) / 2
-        exact = groups / scale.unsqueeze(-1)
+        if grad.dtype != groups.dtype:
+            grad = _scratch_like(groups, "grad").copy_(grad)
+        exact = torch.div(groups, scale.unsqueeze(-1), out=_scratch_like(groups, "exact"))
         if zero is not None:
-            middle = middle - zero.unsqueeze(-1)
-        passed, of_scale = grad * ((exact - middle).abs_() <= half), None
+            exact += zero.unsqueeze(-1)
+        # grad where low <= exact <= high, else 0, in one pass: masks of bools are slow on CPUs
+        passed, of_scale = torch.ops.aten.hardtanh_backward(grad, exact, low - 1e-6, high + 1e-6), None
         if ctx.needs_input_grad[1]:
-            ends = (low, high) if zero is None else (low - zero.unsqueeze(-1), high - zero.unsqueeze(-1))
-            rounded = exact.round().clamp_(*ends)
-            of_scale = rounded.mul_(grad).sum(-1) - exact.mul_(passed).sum(-1)
+            rounded = torch.round(exact, out=_scratch_like(groups, "rounded")).clamp_(low, high)
+            if zero is not None:
+                rounded -= zero.unsqueeze(-1)
+                exact -= zero.unsqueeze(-1)
+            of_scale = rounded.mul_(grad).addcmul_(exact, passed, value=-1).sum(-1)
             of_scale *= (groups.shape[-1] * max(high, 1)) ** -0.5
-        return passed, of_scale, None, None
+        return passed.view_as(weight), of_scale, None, None, None
 
 
 class _Following(torch.autograd.Function):
     """Fake quantisation with min-max scales: no value lies outside, so the gradient passes as if nothing were rounded."""
 
     @staticmethod
-    def forward(ctx, groups, bits, symmetric):
+    def forward(ctx, groups, bits, symmetric, dtype):
+        ctx.dtype = groups.dtype
         scale, zero = minmax_scale(groups, bits, symmetric)
-        return dequantize(to_integers(groups, scale, zero, bits), scale, zero)
+        out = None if dtype == groups.dtype else _scratch_like(groups, "rounded")
+        return dequantize_(to_integers(groups, scale, zero, bits, out), scale, zero).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, None
+        return grad.to(ctx.dtype), None, None, None
 
 
 def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, scale: torch.Tensor | None = None,
-                  zero: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
-    """(rows, columns) weights as their integers give them back. scale, zero: (rows, groups), for all methods but minmax."""
-    groups = grouped(weight, scheme.group_size)
+                  zero: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:  # fmt: skip
+    """Weights (rows, columns) as their integers give them back, in their own dtype or in `dtype`.
+
+    scale, zero: (rows, groups), for all methods but minmax.
+    """
     if scheme.method == "minmax":
-        return _Following.apply(groups, scheme.bits, scheme.symmetric).view_as(weight)
-    return _FixedOrLearned.apply(groups, scale.clamp_min(EPS), zero, scheme.bits).view_as(weight)
+        groups = grouped(weight, scheme.group_size)
+        return _Following.apply(groups, scheme.bits, scheme.symmetric, dtype or weight.dtype).view_as(weight)
+    return _FixedOrLearned.apply(weight, scale, zero, scheme.bits, dtype or weight.dtype)
 
 
-def quantize_tokens(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Activations (..., width), symmetric, with a scale for each token found from the token itself (dynamic)."""
-    return _Following.apply(x, bits, True)
+def quantize_tokens(x: torch.Tensor, bits: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Activations (..., width), symmetric, with a scale for each token found from the token itself (dynamic).
+
+    While training, the result is kept with `x`: what query, key and value take is rounded once.
+    """
+    dtype = dtype or x.dtype
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _Following.apply(x, bits, True, dtype)
+    key = (bits, dtype, x._version)
+    if getattr(x, "rounded", (None,))[0] != key:
+        x.rounded = key, _Following.apply(x, bits, True, dtype)
+    return x.rounded[1]
 
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Activations of any shape, symmetric, with one scale (static); scale: (1,)."""
-    return _FixedOrLearned.apply(x.reshape(1, -1), scale.clamp_min(EPS), None, bits).view_as(x)
+    return _FixedOrLearned.apply(x.reshape(1, -1), scale.view(1, 1), None, bits, x.dtype).view_as(x)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a matrix product of `x` is computed in: autocast's, where there is one."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 # --------------------------------------------------------------------------------------------------------------- modules
@@ -199,11 +243,12 @@ class QuantizedLinear(_Quantized, nn.Linear):
         self.input_scale = nn.Parameter(torch.ones(1, device=self.weight.device)) if static else None
 
     def forward(self, x):
+        dtype = product_dtype(x)
         if self.input_scale is not None:
             x = quantize_tensor(x, self.input_scale, self.activation_bits)
         elif self.activation_bits < 32:
-            x = quantize_tokens(x, self.activation_bits)
-        return functional.linear(x, fake_quantize(self.weight, self.scheme, self.scale, self.zero), self.bias)
+            x = quantize_tokens(x, self.activation_bits, dtype)
+        return functional.linear(x, fake_quantize(self.weight, self.scheme, self.scale, self.zero, dtype), self.bias)
 
 
 class QuantizedEmbedding(_Quantized, nn.Embedding):

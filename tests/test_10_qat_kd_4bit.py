@@ -144,6 +144,14 @@ def test_an_onnx_file_is_measured_too(qat, flags, tmp_path, capsys):
     assert re.search(r"onnx +ratio", capsys.readouterr().out)
 
 
+def test_where_training_only_does_harm_what_it_started_from_is_kept(qat, flags, tmp_path, capsys):
+    folder, record = run(qat, [*flags, "--num_epochs", 1, "--learning_rate", 9.0], tmp_path)
+    (at_start,) = [float(row[3]) for row in eight.curves(folder) if row[1] == "ptq"]
+    (trained,) = [float(row[3]) for row in eight.curves(folder) if row[1:3] == ["qat", "selection_accuracy"]]
+    assert trained < at_start and f"PTQ  selection accuracy {at_start:.4f}" in capsys.readouterr().out
+    assert record["metrics"]["qat"]["accuracy"] == record["metrics"]["ptq"]["accuracy"]
+
+
 def test_training_brings_two_bits_back(qat, flags, tmp_path):
     argv = [*flags, "--weight_bits", 2, "--group_size", -1, "--num_epochs", 8, "--patience", 8]
     folder, record = run(qat, argv, tmp_path)
@@ -155,6 +163,7 @@ def test_training_brings_two_bits_back(qat, flags, tmp_path):
 # ------------------------------------------------------------------------------------------------------ killed, and again
 
 MOMENTS = {
+    "the start": lambda s: eight.die_at(s.checkpoint, "save_tensors", 1, after=True),
     "a step": lambda s: eight.die_in_step(s, 9),
     "a checkpoint half written": lambda s: eight.die_while_writing(s, 3),
     "an epoch's end, before its checkpoint": lambda s: eight.die_at(s.checkpoint, "save_tensors", 2, after=True),
