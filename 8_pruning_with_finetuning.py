@@ -310,8 +310,7 @@ def main(argv=None) -> None:
     with Run(args.out_dir, "prune", settings, args.run_name, args.resume, tensorboard=args.tensorboard) as run:
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
         if not run.finished:
-            # The dense model: the accuracy to hold, and the teacher
-            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)
+            dense_dir = dense_classifier(args, base, shape.config, tokenizer, split, device)  # what to hold; the teacher
             runs.seed_everything(args.seed)
             model = load_classifier(dense_dir, split.label_names, args.dropout).to(device)
             with run.timed("teacher"):
@@ -334,16 +333,17 @@ def main(argv=None) -> None:
                 dirs = {"dense": dense_dir, "pruned": run.model_dir}
                 measured, logits = eval_utils.measure_classifiers(dirs, split.validation, device)
                 changed = (logits["pruned"] - eval_utils.predict(model, split.validation, device)).abs().max()
-            measured["pruned"]["sparsity_asked"] = args.target_sparsity
-            run.record |= {"metrics": measured, "reload_difference": float(changed), "layers": layers, "dense_dir": dense_dir,
+            left = total_cost(blocks_of(model), args.budget, args.max_length) / pruner.total
+            measured["pruned"] |= {"sparsity_asked": args.target_sparsity, "sparsity": 1 - left}  # of what --budget counts
+            run.record |= {"metrics": measured, "reload_difference": float(changed), "dense_dir": dense_dir, "layers": layers,
                            "dense_layers": [b.shape for b in blocks_of(outline(dense_dir))]}  # fmt: skip
             checkpoint.drop(run.checkpoint_dir, run.dir / "best", run.dir / "teacher.safetensors")
 
     print("", table(eval_utils.layers_left(run.record["dense_layers"], run.record["layers"])),
           table(eval_utils.comparison(run.record["metrics"])), sep="\n\n")  # fmt: skip
-    print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
-    curves = f"\ncurves  {run.dir / 'history.csv'}" if args.num_epochs else ""
-    print(f"\nmodel   {run.model_dir}\nrecord  {run.dir / 'run.json'}{curves}")
+    seconds = "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items())
+    curves = [f"curves  {run.dir / 'history.csv'}"] if args.num_epochs else []
+    print(f"\n{seconds}\n\nmodel   {run.model_dir}", f"record  {run.dir / 'run.json'}", *curves, sep="\n")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, de
             seconds: float = 3.0) -> dict[str, dict[str, float]]:  # fmt: skip
     """Milliseconds of a forward (median, p95) and examples per second, for models on the same full batch.
 
-    The models take turns, so that a drift of the machine's speed falls on all of them; each is warmed up first and the
-    device is synchronised around every run. As many turns as the slowest needs for `seconds`, at least ten.
+    The models take turns, so that a drift of the machine's speed falls on all of them. A turn is one run that is not timed,
+    because the others have left the caches full of theirs, and five that are; the device is synchronised around every run.
+    As many turns as the slowest model needs for `seconds`, at least two.
     """
     batch = _timing_batch(batch_size, length, device)
 
@@ -126,11 +127,11 @@ def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, de
         with torch.inference_mode():
             for model in models.values():
                 model.eval()
-                for _ in range(3):
-                    run(model)
+                run(model)
             while any(len(t) < 10 for t in times.values()) or max(map(sum, times.values())) < seconds:
                 for name, model in models.items():
-                    times[name].append(run(model))
+                    run(model)
+                    times[name] += [run(model) for _ in range(5)]
     finally:
         for name, model in models.items():
             model.train(modes[name])
