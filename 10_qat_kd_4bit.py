@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from common import assets, checkpoint, data, distill, eval_utils, export_onnx, pruning, quantizers, runs, train_utils
+from common import assets, checkpoint, data, distill, eval_utils, export_onnx, pruning, quantizers, rounding, runs, train_utils
 from common.blocks import blocks_of
 from common.checkpoint import load_classifier, outline
 from common.quantizers import WeightScheme
@@ -53,6 +53,7 @@ PRESETS = [
     ("group_size", 32, 32, "neighbours in a row that share a scale: 32, 64, 128, or -1 for the row", (-1, 128)),
     ("symmetric", True, True, "integers without a zero point"),
     ("scale_method", "lsq", "lsq", "scales follow the weight, are searched for once, or learn", ("minmax", "mse", "lsq")),
+    ("rounding", "gptq", "gptq", "before training: errors cancel, or each weight to the nearest integer", ("gptq", "nearest")),
     ("activation_bits", 8, 8, "of what goes into these weights: 8, 16, or 32 for none", (8, 32)),
     ("activations", "dynamic", "dynamic", "a scale for each token, or one learned for all", ("dynamic", "static")),
     ("embedding_bits", 4, 4, "of the embeddings: 4, 8, or 32 for none", (4, 32)),
@@ -67,7 +68,7 @@ PRESETS = [
     ("min_delta", 0.0005, 0.002, "gain in accuracy that counts as an improvement", (0, 1)),
     ("n_selection", 2000, 2000, "training examples held out for selection, at most a tenth", (1, 10**9)),
 ]
-N_CALIBRATION = 256  # examples that the static input scales start from
+N_CALIBRATION = 1024  # examples that GPTQ looks at, and that static input scales start from
 
 
 def find_student(args, task) -> Path:
@@ -129,17 +130,20 @@ def check(args, student, teacher, names: list[str]) -> None:
                         f"matched. Use {' '.join(matching)}, or another --teacher_path")  # fmt: skip
 
 
-def quantize_(model, args) -> int:
-    """Put the quantisers in, which is PTQ. FFN widths are filled with zeros up to what the group size divides: how many."""
+def quantize_(model, args, batches: list | None = None) -> int:
+    """Put the quantisers in, which is PTQ, and round by GPTQ if there are `batches`. FFN widths are filled with zeros up to what
+    the group size divides: how many."""
     n_padded = pruning.pad_neurons_(model, args.group_size) if args.group_size > 0 else 0
     scheme = WeightScheme(args.weight_bits, args.group_size, args.symmetric, args.scale_method)
     tables = scheme._replace(bits=args.embedding_bits, group_size=args.embedding_group_size)
     linears = [linear for block in blocks_of(model) for linear in block.projections]
     head = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in linears
             and module.out_features != model.config.num_labels]  # fmt: skip
+    moments = rounding.second_moments(model, head + linears, batches, args.precision, args.seed) if batches else {}
     quantizers.quantize_(model, head, scheme)  # a pooler: its weights alone, it sees one token an example
     quantizers.quantize_(model, linears, scheme, args.activation_bits, args.activations,
                          tables if args.embedding_bits < 32 else None)  # fmt: skip
+    rounding.compensate_(model, moments)
     return n_padded
 
 
@@ -172,11 +176,8 @@ def objective(output, attention, batch, teacher, states, args):
 
 
 def fit(model, dense, split, args, run, teacher) -> None:
-    """Quantisation-aware training; goes on from the run's checkpoint. The best weights are kept in best.safetensors: those of
-    an epoch, or the ones it started from.
-
-    dense: the teacher itself where its states are to be matched, else None.
-    """
+    """Quantisation-aware training; goes on from the run's checkpoint. The best weights, of an epoch or those it started from,
+    are kept in best.safetensors. dense: the teacher itself where its states are to be matched, else None."""
     device, per_epoch = train_utils.choose_attention_(model), data.n_batches(split.train, args.batch_size, args.train_fraction)
     step, total, finished, losses = 0, args.num_epochs * per_epoch, False, []
     optimizer = train_utils.adamw(model, args.learning_rate, args.weight_decay, args.scale_rate)
@@ -297,11 +298,12 @@ def main(argv=None) -> None:
         if not run.finished:
             runs.seed_everything(args.seed)
             model = load_classifier(args.student, dropout=args.dropout).to(device)
-            quantize_(model, args)
             sample = split.train.subset(np.arange(min(N_CALIBRATION, len(split.train))))
-            batches = data.loader(sample, data.in_order(sample.lengths, 64), device)
-            with run.timed("quantising"), eval_utils.evaluating(model):
-                quantizers.calibrate_(model, map(data.inputs_of, batches))
+            batches = list(data.loader(sample, data.in_order(sample.lengths, 64), device))
+            with run.timed("quantising"):
+                quantize_(model, args, batches if args.rounding == "gptq" else None)
+                with eval_utils.evaluating(model):
+                    quantizers.calibrate_(model, map(data.inputs_of, batches))
             bits = {"ptq": save(run.dir / "ptq", model, tokenizer, args, "ptq")}
             if args.num_epochs:
                 dense = load_classifier(args.teacher).to(device).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
 import os
@@ -198,7 +197,7 @@ def _no_bars():
     from tqdm import std
 
     original = std.tqdm.__init__
-    std.tqdm.__init__ = functools.partialmethod(original, disable=True)
+    std.tqdm.__init__ = lambda bar, *args, **kwargs: original(bar, *args, **kwargs | {"disable": True})
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from common.runs import UserError
 
 TINY = torch.finfo(torch.float32).tiny  # the scale of a group of zeros
 EPS = torch.finfo(torch.float32).eps  # the least scale that is learned
+FEW_ROWS = 32  # an embedding of fewer (token types) weighs nothing, and each row of it is in every sentence: it stays
 
 
 class WeightScheme(NamedTuple):
@@ -271,13 +272,14 @@ def quantized_modules(model) -> dict[str, QuantizedLinear | QuantizedEmbedding]:
 
 def quantize_(model, linears: list[nn.Linear], scheme: WeightScheme, activation_bits: int = 32, activations: str = "dynamic",
               embeddings: WeightScheme | None = None) -> dict[str, nn.Module]:  # fmt: skip
-    """Put quantisers in the place of the Linear layers `linears` of `model`, and with `embeddings` of every Embedding.
+    """Put quantisers in the place of the Linear layers `linears` of `model`, and with `embeddings` of every Embedding of
+    `FEW_ROWS` or more.
 
     Returns the new modules by name. UserError where a group size does not divide the columns.
     """
     wanted = {id(linear) for linear in linears}
     found = {name: module for name, module in model.named_modules()
-             if id(module) in wanted or (embeddings and isinstance(module, nn.Embedding))}  # fmt: skip
+             if id(module) in wanted or (embeddings and isinstance(module, nn.Embedding) and len(module.weight) >= FEW_ROWS)}
     for name, module in found.items():
         columns, size = module.weight.shape[1], (embeddings if isinstance(module, nn.Embedding) else scheme).group_size
         if size != -1 and columns % size:

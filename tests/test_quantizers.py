@@ -166,7 +166,7 @@ def test_a_module_is_the_float_module_with_rounded_weights_and_inputs():
     model = classifier(2).float()
     reference = copy.deepcopy(model)
     modules = quantize_all(model, WeightScheme(4, 16, True, "mse"), 8, embeddings=WeightScheme(8, -1, True, "mse"))
-    assert len(modules) == 3 * 6 + 3
+    assert len(modules) == 3 * 6 + 2  # the table of token types is too small to be worth it
     for name, module in modules.items():
         whole, scale, _ = module.integers()
         rebuilt = (grouped(whole.float(), module.scheme.group_size) * scale[..., None]).view_as(module.weight)
@@ -207,7 +207,7 @@ model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv
 inputs = torch.load(sys.argv[3], weights_only=True)
 with torch.no_grad():
     torch.save(model.eval()(**inputs).logits, sys.argv[4])
-assert not any("common" in name.split(".") for name in sys.modules if getattr(sys.modules[name], "__file__", "") == "common")
+assert "common" not in sys.modules
 """
 CASES = [
     ("lsq", True, 8, "dynamic", 16, 4, 4, False),
@@ -219,7 +219,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "symmetric", "inputs", "kind", "size", "bits", "tables", "uneven"), CASES)
-def test_a_bare_process_computes_the_same_logits(method, symmetric, inputs, kind, size, bits, tables, uneven, tmp_path):
+def test_a_bare_process_computes_the_same_logits(method, symmetric, inputs, kind, size, bits, tables, uneven, tmp_path,
+                                                 capfd):  # fmt: skip
     model = classifier(2).float()
     if uneven:
         shrink_(model, uneven_keep(blocks_of(model)))
@@ -238,7 +239,10 @@ def test_a_bare_process_computes_the_same_logits(method, symmetric, inputs, kind
             pass
 
     checkpoint.save_model(tmp_path / "m", model, Tokenizer(), packed=(tensors, quantizers.packed_config(model)))
+    capfd.readouterr()
     here = checkpoint.load_classifier(tmp_path / "m").eval()
+    shown = capfd.readouterr().err
+    assert not any(bar in shown for bar in ("Applying quantization", "Dispatching", "ecompressing"))  # of compressed-tensors
     with torch.no_grad():
         assert torch.equal(here(**batch()).logits, expected)
     torch.save(batch(), tmp_path / "inputs.pt")
