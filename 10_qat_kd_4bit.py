@@ -6,8 +6,8 @@
 
 Method: every weight is looked at through its integers while it trains, gradients pass straight through the rounding, and the
 scales learn (LSQ: arXiv 1902.08153). Activations are rounded to 8 bits, with a scale found for each token. The student starts
-from post-training quantisation (PTQ), which is measured too, and learns from the dense model: its cached outputs and, if asked
-for, its hidden states, attention outputs and embeddings (arXiv 1909.10351), for which it then runs in every step.
+from post-training quantisation (PTQ, by GPTQ: arXiv 2210.17323), which is measured too, and learns from the dense model: its
+cached outputs and, if asked for, hidden states, attention outputs, embeddings (arXiv 1909.10351), computed in every step.
 
 Reads a classifier, the dense model it came from and a prepared task; makes what is missing. Writes out/qat/<run>/: model/, in
 the pack-quantized format of compressed-tensors, which stock transformers loads, ptq/, run.json, history.csv. Killed? The same
@@ -131,8 +131,8 @@ def check(args, student, teacher, names: list[str]) -> None:
 
 
 def quantize_(model, args, batches: list | None = None) -> int:
-    """Put the quantisers in, which is PTQ, and round by GPTQ if there are `batches`. FFN widths are filled with zeros up to what
-    the group size divides: how many."""
+    """Put the quantisers in, which is PTQ, and round by GPTQ where there are `batches`. FFN widths are filled with zeros up to
+    what the group size divides: how many."""
     n_padded = pruning.pad_neurons_(model, args.group_size) if args.group_size > 0 else 0
     scheme = WeightScheme(args.weight_bits, args.group_size, args.symmetric, args.scale_method)
     tables = scheme._replace(bits=args.embedding_bits, group_size=args.embedding_group_size)
