@@ -98,8 +98,6 @@ _scratch: dict[tuple, torch.Tensor] = {}
 
 def _scratch_like(x: torch.Tensor, name: str) -> torch.Tensor:
     """A tensor to work in that is used again and again, so that it stays in the processor's cache."""
-    if torch.compiler.is_compiling():
-        return torch.empty_like(x)
     key = (name, x.device, x.dtype)
     if key not in _scratch or _scratch[key].numel() < x.numel():
         with torch.inference_mode(False):  # training shall be able to write to it too
@@ -160,14 +158,39 @@ class _Following(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
+def _as_if(value: torch.Tensor, x: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """`value`, bit for bit, with the gradient of `share` * x."""
+    return value.detach() + (x - x.detach()) * share
+
+
+def _traced(groups: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, bits: int,
+            symmetric: bool = True) -> torch.Tensor:  # fmt: skip
+    """What the Functions above compute, in operations that torch.compile derives the gradients of, and fuses.
+
+    scale: None for the one that follows.
+    """
+    low, high = integer_range(bits)
+    if scale is None:
+        scale, zero = minmax_scale(groups.detach(), bits, symmetric)
+        return _as_if(dequantize_(to_integers(groups.detach(), scale, zero, bits), scale, zero), groups)
+    scale = scale.clamp_min(EPS)
+    scale = _as_if(scale, scale, (groups.shape[-1] * max(high, 1)) ** -0.5).unsqueeze(-1)
+    shift = 0.0 if zero is None else zero.unsqueeze(-1)
+    exact = (groups / scale + shift).clamp(low, high)
+    return (_as_if(exact.round(), exact) - shift) * scale
+
+
 def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, scale: torch.Tensor | None = None,
                   zero: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:  # fmt: skip
     """Weights (rows, columns) as their integers give them back, in their own dtype or in `dtype`.
 
     scale, zero: (rows, groups), for all methods but minmax.
     """
+    groups = grouped(weight, scheme.group_size)
+    if torch.compiler.is_compiling():
+        given = None if scheme.method == "minmax" else scale
+        return _traced(groups, given, zero, scheme.bits, scheme.symmetric).flatten(-2).to(dtype or weight.dtype)
     if scheme.method == "minmax":
-        groups = grouped(weight, scheme.group_size)
         return _Following.apply(groups, scheme.bits, scheme.symmetric, dtype or weight.dtype).view_as(weight)
     return _FixedOrLearned.apply(weight, scale, zero, scheme.bits, dtype or weight.dtype)
 
@@ -178,7 +201,9 @@ def quantize_tokens(x: torch.Tensor, bits: int, dtype: torch.dtype | None = None
     While training, the result is kept with `x`: what query, key and value take is rounded once.
     """
     dtype = dtype or x.dtype
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _traced(x, None, None, bits).to(dtype)
+    if not torch.is_grad_enabled():
         return _Following.apply(x, bits, True, dtype)
     key = (bits, dtype, x._version)
     if getattr(x, "rounded", (None,))[0] != key:
@@ -188,6 +213,8 @@ def quantize_tokens(x: torch.Tensor, bits: int, dtype: torch.dtype | None = None
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Activations of any shape, symmetric, with one scale (static); scale: (1,)."""
+    if torch.compiler.is_compiling():
+        return _traced(x.reshape(1, -1), scale.view(1), None, bits).view_as(x)
     return _FixedOrLearned.apply(x.reshape(1, -1), scale.view(1, 1), None, bits, x.dtype).view_as(x)
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,12 @@ def test_an_onnx_file_is_measured_too(qat, flags, tmp_path, capsys):
     assert onnx["n"] == 43 and onnx["accuracy"] == pytest.approx(trained["accuracy"], abs=0.05)
     assert onnx["bytes"] == (folder / "model.onnx").stat().st_size and onnx["latency_ms"] > 0 and onnx["single_latency_ms"] > 0
     assert re.search(r"onnx +ratio", capsys.readouterr().out)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_it_trains_and_packs_too(qat, flags, tmp_path):
+    _, record = run(qat, [*flags, "--num_epochs", 1, "--compile"], tmp_path)
+    assert record["reload_difference"] == 0 and record["metrics"]["qat"]["accuracy"] > 0.6
 
 
 def test_where_training_only_does_harm_what_it_started_from_is_kept(qat, flags, tmp_path, capsys):

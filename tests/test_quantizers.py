@@ -118,6 +118,28 @@ def test_half_precision_products_get_the_same_weights_and_gradients():
             assert torch.equal(ours, expected) and ours.dtype == torch.float32
 
 
+@pytest.mark.parametrize("method", ["lsq", "mse", "minmax"])
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_what_a_compiler_traces_is_the_same(method, with_zero, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 64, generator=generator).requires_grad_()
+    scale = (torch.rand(6, 2, generator=generator) * 0.3).requires_grad_(method == "lsq")
+    zero, grad = torch.ones(6, 2) if with_zero else None, torch.randn(6, 64, generator=generator)
+    token_scale = torch.tensor([0.02], requires_grad=True)
+    scheme, found = WeightScheme(4, 32, not with_zero, method), {}
+    for traced in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
+        x = weight * 1.0
+        values = (fake_quantize(weight, scheme, scale, zero), quantizers.quantize_tokens(x, 8),
+                  quantizers.quantize_tensor(x, token_scale, 8))  # fmt: skip
+        wanted = [weight, *([scale] if method == "lsq" else []), token_scale]
+        found[traced] = values, torch.autograd.grad(values, wanted, (grad, 2 * grad, 3 * grad))
+    for ours, expected in zip(found[True][0], found[False][0], strict=True):
+        assert torch.equal(ours, expected)
+    for ours, expected in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_input_that_several_take_is_rounded_once_while_training_and_again_when_it_has_changed():
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() * 1.0
     first, second = quantizers.quantize_tokens(x, 8), quantizers.quantize_tokens(x, 8)
