@@ -34,8 +34,8 @@ from common.checkpoint import load_classifier, outline
 from common.quantizers import WeightScheme
 from common.runs import Run, UserError, table
 
-# The guide's fast mode gives up hidden states, which cost it 1.8x of a step, and so does this one: they need the teacher to run
-# in every step. Its token of classification (feature_weight) is cached, so fast keeps that.
+# The guide's fast mode gives up hidden states, which cost it 1.8x of a step. Here the running teacher costs little
+# (benchmarks/qat_overhead.py), and one epoch gains little from it; its token of classification is cached, so fast keeps that.
 PRESETS = [
     # flag, full, fast, meaning, limits
     ("num_epochs", 2, 1, "passes over the training data; 0: quantise without training", (0, 10**4)),
