@@ -301,7 +301,7 @@ def main(argv=None) -> None:
             sample = split.train.subset(np.arange(min(N_CALIBRATION, len(split.train))))
             batches = list(data.loader(sample, data.in_order(sample.lengths, 64), device))
             with run.timed("quantising"):
-                quantize_(model, args, batches if args.rounding == "gptq" else None)
+                quantize_(model, args, batches if args.rounding == "gptq" and args.scale_method != "minmax" else None)
                 with eval_utils.evaluating(model):
                     quantizers.calibrate_(model, map(data.inputs_of, batches))
             bits = {"ptq": save(run.dir / "ptq", model, tokenizer, args, "ptq")}

@@ -4,12 +4,13 @@
     python benchmarks/update_readme.py --check    change nothing; exit status 2 if anything would change
 
 A marker is a pair of lines `<!-- generated: NAME -->` and `<!-- end: NAME -->`. NAME is `results/FILE.md` for a table that a
-benchmark wrote (its picture is linked by the page itself), or `presets/SCRIPT.py` for the preset table of a script. No number
-in a document is typed by hand.
+benchmark wrote (its picture is linked by the page itself), `presets/SCRIPT.py` for the preset table of a script, or
+`modules/FOLDER` for what each module of a folder says of itself. No number in a document is typed by hand.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -26,6 +27,8 @@ MARKED = re.compile(r"<!-- generated: (?P<name>\S+) -->\n.*?<!-- end: (?P=name) 
 def generated(name: str) -> str:
     """The text of one marker. UserError for a name without a source."""
     kind, _, rest = name.partition("/")
+    if kind == "modules":
+        return modules(REPOSITORY / rest)
     path = REPOSITORY / ("benchmarks/results" if kind == "results" else "") / rest
     if kind not in ("results", "presets") or not path.is_file():
         raise UserError(f"<!-- generated: {name} -->: {path} not found. Run: make results")
@@ -47,6 +50,15 @@ def presets(script: Path) -> str:
         values = [{True: "on", False: "off"}[v] if isinstance(v, bool) else str(v) for v in (row.full, row.fast)]
         rows.append([f"`--{row.flag}`", *values, row.meaning])
     return table(rows, markdown=True) + "\n"
+
+
+def modules(folder: Path) -> str:
+    """Every module of a folder with the first sentence of its docstring."""
+    lines = ["| module | its job |", "|---|---|"]
+    for path in sorted(folder.glob("[!_]*.py")):
+        first = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n\n")[0]
+        lines.append(f"| `{path.name}` | {' '.join(first.split()).partition('. ')[0].rstrip('.')} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv=None) -> None:

@@ -259,7 +259,7 @@ class _Quantized:
 class QuantizedLinear(_Quantized, nn.Linear):
     """A Linear whose weight, and whose input if `activation_bits` is below 32, pass through quantisers.
 
-    activations: dynamic, a scale for each token, or static, one learned scale (`input_scale`, see `calibrating`).
+    activations: dynamic, a scale for each token, or static, one learned scale (`input_scale`, which `calibrate_` starts).
     """
 
     def __init__(self, linear: nn.Linear, scheme: WeightScheme, activation_bits: int = 32, activations: str = "dynamic"):

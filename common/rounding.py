@@ -1,4 +1,4 @@
-"""Rounding whose errors cancel where the model would feel them: GPTQ (Frantar et al. 2022, arXiv 2210.17323)."""
+"""GPTQ: rounding whose errors cancel where the model would feel them (arXiv 2210.17323)."""
 
 from __future__ import annotations
 
