@@ -11,8 +11,7 @@ the model is cut: smaller matrices, not masks. The second half trains it against
 model is the given one or, if that is no classifier of the task yet, a baseline fine-tuned first and kept under out/dense.
 
 Reads a prepared task and model (1_prepare_data.py; prepares what is missing). Writes out/prune/<run>/: model/, which stock
-transformers loads, run.json, history.csv; checkpoint/ and best/ while it runs. Killed? The same command goes on. What to
-expect, flags, metrics: docs/8_pruning_with_finetuning.md.
+transformers loads, run.json, history.csv. Killed? The same command goes on. The manual: docs/8_pruning_with_finetuning.md.
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ PRESETS = [
     ("allocation", "global", "global", "one budget for all layers, or the same share of each", ("global", "uniform")),
     ("budget", "parameters", "parameters", "what a group costs", ("parameters", "macs")),
     ("floor", 0.02, 0.02, "share of every layer's heads and neurons that stays, at least one", (0, 1)),
+    ("width_multiple", 8, 8, "every layer ends with a multiple of so many neurons, which runs faster; 1: any", (1, 512)),
     ("refit", False, True, "re-solve the output projections by least squares at each pruning"),
     ("learning_rate", 0.0, 0.0, "peak learning rate of pruning and recovery; 0: 0.06 / width of the model", (0, 10)),
     ("dense_epochs", 3, 2, "passes of the dense baseline, if one has to be made", (1, 10**4)),
@@ -105,9 +105,9 @@ class Pruner:
 
     def prune_(self, sparsity: float, optimizer=None) -> None:
         """Select under the budget, refit the output projections to do without what goes, and set that to zero."""
-        a, before, remove = self.args, self.sparsity, sparsity * self.total
+        a, before, remove, last = self.args, self.sparsity, sparsity * self.total, sparsity == self.args.target_sparsity
         self.keep = pruning.select(self.scores(), self.costs, remove, self.keep, a.allocation, a.granularity, a.floor,
-                                   a.target_sparsity * self.total)  # fmt: skip
+                                   a.target_sparsity * self.total, a.width_multiple if last else 1)  # fmt: skip
         self.sparsity = pruning.sparsity_of(self.keep, self.costs, self.total)
         if a.refit and self.sparsity > before:
             with pruning.gram_matrices(self.model, self.blocks) as grams, eval_utils.evaluating(self.model, gradients=True):

@@ -47,7 +47,8 @@ def scheduled_sparsity(target: float, progress: float, schedule: str = "cubic") 
 
 
 def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: Keep, allocation: str = "global",
-           granularity: str = "multi", floor: float = 0.05, limit: float | None = None) -> Keep:  # fmt: skip
+           granularity: str = "multi", floor: float = 0.05, limit: float | None = None, multiple: int = 1
+           ) -> Keep:  # fmt: skip
     """Which groups to keep so that at least `remove` of cost is gone, and the least score with it. Pure.
 
     The knapsack is solved greedily: groups go in ascending order of score per cost. Neurons, being small, fill exactly up
@@ -60,12 +61,39 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     floor: the share of every layer's groups of a kind that is kept whatever the scores say, and never less than one.
     limit: the cost that may be gone with the last head [`remove`]. On the way to a target give the target: a schedule that
     rises by less than a head at a time would else never afford one.
+    multiple: every layer keeps a multiple of so many neurons, for kernels that run such widths faster (`rounded`).
 
     Returns fewer removals than asked for where the floor or the granularity does not allow them.
     """
     kinds = KINDS if granularity == "multi" else (granularity,)
-    if allocation == "uniform":
-        return _select_uniform(scores, costs, remove, alive, kinds, floor, max(remove, limit or 0.0))
+    choose = _select_uniform if allocation == "uniform" else _select_global
+    keep = choose(scores, costs, remove, alive, kinds, floor, max(remove, limit or 0.0))
+    return rounded(keep, scores, alive, multiple) if multiple > 1 and "neurons" in kinds else keep
+
+
+def rounded(keep: Keep, scores: Scores, alive: Keep, multiple: int) -> Keep:
+    """`keep` with a multiple of `multiple` neurons in every layer, and about as many neurons in all: never more, and fewer
+    by less than `multiple` where the layers have the room.
+
+    Layers are rounded down; what that frees goes, `multiple` neurons each, to the layers that were furthest above (Hamilton's
+    method of largest remainders), as far as they have that many alive. A layer of fewer than `multiple` stays as it is.
+    """
+    counts = torch.tensor([int(mask.sum()) for mask in keep["neurons"]])
+    room = torch.tensor([int(mask.sum()) for mask in alive["neurons"]])
+    new = torch.where(counts < multiple, counts, counts // multiple * multiple)
+    eligible = (new >= multiple) & (new + multiple <= room)
+    furthest = (counts - new).masked_fill(~eligible, -multiple).argsort(descending=True, stable=True)
+    n_up = min(int((counts - new).sum()) // multiple, int(eligible.sum()))
+    new[furthest[:n_up]] += multiple
+    neurons = []
+    for score, mask, n in zip(scores["neurons"], alive["neurons"], new.tolist(), strict=True):
+        best = score.float().masked_fill(~mask, -torch.inf).topk(n).indices.to(mask.device)
+        neurons.append(torch.zeros_like(mask).index_fill_(0, best, True))
+    return {**keep, "neurons": neurons}
+
+
+def _select_global(scores: Scores, costs: dict[str, list[float]], remove: float, alive: Keep, kinds: tuple[str, ...],
+                   floor: float, limit: float) -> Keep:  # fmt: skip
     pieces = [(kind, i) for kind in kinds for i in range(len(scores[kind]))]
     density, cost = [], []
     for kind, i in pieces:
@@ -81,7 +109,7 @@ def select(scores: Scores, costs: dict[str, list[float]], remove: float, alive: 
     n_removed = int(torch.searchsorted(spent, remove * (1 - 1e-12))) + 1 if remove > 0 else 0
     n_removed = max(min(n_removed, len(order)), int((density == -torch.inf).sum()))
     removed = order[:n_removed]
-    over = n_removed > 0 and spent[n_removed - 1] > max(remove, limit or 0.0)
+    over = n_removed > 0 and spent[n_removed - 1] > limit
     if over and n_removed < len(order) and cost[removed[-1]] > cost.min() and density[removed[-1]] > -torch.inf:
         # the last group to go is a large one and overshoots: let small ones go in its place, as long as they suffice
         small = order[n_removed:][cost[order[n_removed:]] == cost.min()]

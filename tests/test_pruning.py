@@ -13,6 +13,7 @@ from common.pruning import (
     keep_all,
     refit_,
     refit_linear_,
+    rounded,
     scheduled_sparsity,
     select,
     sparsity_of,
@@ -320,3 +321,27 @@ def test_refit_reports_the_error_of_each_projection(family):
                 left = (new(x) - old(x)).square().sum() / (x @ old.weight.T).square().sum()
             assert errors[2 * i + j] == pytest.approx(float(left), rel=1e-2, abs=1e-6)
             assert (left > 0) == ((i, j) != (2, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------- widths
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_widths_come_to_multiples_and_no_more_neurons_are_kept(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n_layers, n, multiple = 5, 67, 8
+    scores = {"heads": [], "neurons": [torch.rand(n, generator=generator) for _ in range(n_layers)]}
+    alive = {"heads": [], "neurons": [torch.rand(n, generator=generator) < 0.9 for _ in range(n_layers)]}
+    keep = {"heads": [], "neurons": [mask & (torch.rand(n, generator=generator) < 0.1 + 0.2 * i)
+                                     for i, mask in enumerate(alive["neurons"])]}  # fmt: skip
+    new = rounded(keep, scores, alive, multiple)["neurons"]
+    before, after = ([int(mask.sum()) for mask in masks] for masks in (keep["neurons"], new))
+    assert all(a % multiple == 0 if b >= multiple else a == b for a, b in zip(after, before, strict=True))
+    assert sum(before) - multiple < sum(after) <= sum(before)
+    for mask, score, living, count in zip(new, scores["neurons"], alive["neurons"], after, strict=True):
+        assert not (mask & ~living).any()
+        assert sorted(score[mask].tolist()) == sorted(score[living].tolist())[len(score[living]) - count :]  # the best ones
+    counts = list(zip(before, after, strict=True))  # by brute force: nobody rounded up had less above its multiple
+    up = [b % multiple for b, a in counts if a > b]
+    down = [b % multiple for b, a in counts if multiple <= b and a < b]
+    assert not up or not down or min(up) >= max(down)
