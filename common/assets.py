@@ -13,13 +13,14 @@ import pandas
 
 from common import fetch, tables
 from common.fetch import Asset, hub_available, verify_model, verify_task
-from common.runs import UserError, fingerprint, read_json
+from common.runs import REPOSITORY, UserError, fingerprint, read_json
 
 __all__ = ["Asset", "hub_available", "prepare_task", "resolve_model", "verify_model", "verify_task"]
 
 #  name and origin, in the order in which "auto" tries them
 MODELS = {"distilbert-base-uncased": "hub", "minilm-l6-h384": "wheel"}
 TASKS = {"sst2": "hub", "reviews": "wheel"}
+TINY_LLAMA = REPOSITORY / "assets" / "tiny_llama"  # the language model that this repository brings along
 SHORT_NAMES = {"distilbert": "distilbert-base-uncased", "minilm": "minilm-l6-h384"}
 
 WHEELS = {  # requirement, SHA-256
@@ -34,7 +35,7 @@ TASK_WAYS_OUT = ("--task sst2 --local_dir FOLDER with train.tsv and dev.tsv (GLU
                  f"--task PATH of your own data; {fetch.MIRRORS}")  # fmt: skip
 
 
-def _candidates(auto: dict[str, str], source: str, folder: Path) -> list[str]:
+def candidates(auto: dict[str, str], source: str, folder: Path) -> list[str]:
     """What "auto" may be, best first: what is prepared already, if anything is, and else all that the source may give."""
     names = [name for name, origin in auto.items() if source in ("auto", "local", origin)]
     return [name for name in names if (folder / name).exists() or any(folder.glob(f"{name}-seed*"))][:1] or names
@@ -46,16 +47,21 @@ def _candidates(auto: dict[str, str], source: str, folder: Path) -> list[str]:
 def resolve_model(model: str = "auto", data_dir: Path = Path("data"), source: str = "auto", force: bool = False) -> Asset:
     """The directory of a pretrained model that stock `transformers` loads.
 
-    model: a directory (taken as it is), a hub name, "distilbert", "minilm", or "auto": what is prepared, else DistilBERT
-    from the hub, else MiniLM from its wheel. source: "hub" or "wheel" narrow down "auto"; others change nothing.
+    model: a directory (taken as it is), a hub name, "distilbert", "minilm", "tiny_llama" (in this repository), or "auto":
+    what is prepared, else DistilBERT from the hub, else MiniLM from its wheel. source: "hub" or "wheel" narrow down "auto";
+    others change nothing.
     """
     models, folder = Path(data_dir) / "models", Path(model).expanduser()
+    folder = TINY_LLAMA if model == "tiny_llama" and not folder.is_dir() else folder
     source = "auto" if source == "local" else source
     if model != "auto" and folder.is_dir():
-        record = {"name": folder.resolve().name} | fetch.origin_record("local", str(folder), None, "yours")
+        licence = "of this repository" if folder == TINY_LLAMA else "yours"
+        record = {"name": folder.resolve().name} | fetch.origin_record("local", str(folder), None, licence)
         record |= _model_manifest(folder, str(folder))
         return Asset(folder, record | {"fresh": False, "redone": None, "tried": []})
-    names = _candidates(MODELS, source, models) if model == "auto" else [SHORT_NAMES.get(model, model)]
+    if model == "tiny_llama":
+        raise UserError(f"--model tiny_llama: {TINY_LLAMA} is not there. It is part of the repository: fetch that again")
+    names = candidates(MODELS, source, models) if model == "auto" else [SHORT_NAMES.get(model, model)]
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", names[0]):
         raise UserError(f"--model {model}: no such directory, and not a hub name")
     if source not in ("auto", origin := MODELS.get(names[0], "hub")):
@@ -104,7 +110,20 @@ def _model_manifest(folder: Path, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
 
-def _check_source(source: str, origin: str, folder: Path, name: str) -> None:
+def check_request(task: str, known: dict[str, str], source: str, local_dir: Path | None, column: str | None) -> None:
+    """UserError for flags that do not go together. The first of the `known` names is the one that a `local_dir` may hold."""
+    named, first = task in ("auto", *known), next(iter(known))
+    if named and column:
+        raise UserError(f"--task {task}: --text_column and --label_column are for a --task PATH")
+    if local_dir is not None and (task not in ("auto", first) or source not in ("auto", "local")):
+        raise UserError(f"--local_dir: is for --task {first}, not for --task {task} --source {source}")
+    if not named and not Path(task).expanduser().exists():
+        raise UserError(f"--task {task}: not {' or '.join(known)}, and no such file or folder")
+    if not named and source not in ("auto", "local"):
+        raise UserError(f"--task {task}: is a path, so --source {source} does not give it")
+
+
+def check_source(source: str, origin: str, folder: Path, name: str) -> None:
     if source not in ("auto", origin):
         raise fetch.Unavailable(f"{folder} ({name} is not prepared, and --source {source} does not give it)")
 
@@ -120,18 +139,10 @@ def prepare_task(task: str = "auto", data_dir: Path = Path("data"), source: str 
     it is), or "auto": what is prepared, else sst2 if it can be had, else reviews. source: "auto", "hub", "local" or "wheel".
     """
     data_dir, path = Path(data_dir), Path(task).expanduser()
-    named = task in ("auto", *TASKS)
-    if named and (text_column or label_column):
-        raise UserError(f"--task {task}: --text_column and --label_column are for a --task PATH")
-    if local_dir is not None and (task not in ("auto", "sst2") or source not in ("auto", "local")):
-        raise UserError(f"--local_dir: is for --task sst2, not for --task {task} --source {source}")
-    if not named and not path.exists():
-        raise UserError(f"--task {task}: not {' or '.join(TASKS)}, and no such file or folder")
-    if not named and source not in ("auto", "local"):
-        raise UserError(f"--task {task}: is a path, so --source {source} does not give it")
-    if not named:
+    check_request(task, TASKS, source, local_dir, text_column or label_column)
+    if task not in ("auto", *TASKS):
         return _prepare_path(path, data_dir, text_column, label_column, seed, force)
-    names = [task] if task != "auto" else ["sst2"] if local_dir else _candidates(TASKS, source, data_dir)
+    names = [task] if task != "auto" else ["sst2"] if local_dir else candidates(TASKS, source, data_dir)
     attempts = {"sst2": functools.partial(_prepare_sst2, data_dir, source, local_dir, force),
                 "reviews": functools.partial(_prepare_reviews, data_dir, source, seed, force)}  # fmt: skip
     return fetch.first_available(f"--task {task}", [attempts[name] for name in names], TASK_WAYS_OUT)
@@ -140,13 +151,13 @@ def prepare_task(task: str = "auto", data_dir: Path = Path("data"), source: str 
 def _prepare_sst2(data_dir: Path, source: str, local_dir: Path | None, force: bool) -> Asset:
     wanted: dict[str, Any] = {} if source in ("auto", "local") else {"source": source}
     if local_dir is not None:
-        wanted["options"] = {"inputs": _inputs(tables.find_splits(Path(local_dir)))}
+        wanted["options"] = {"inputs": hashes_of(tables.find_splits(Path(local_dir)))}
 
     def build(folder: Path) -> dict[str, Any]:
         if local_dir is not None:
             found, record = Path(local_dir), fetch.origin_record("local", str(local_dir), None, "not stated")
         else:
-            _check_source(source, "hub", data_dir, "sst2")
+            check_source(source, "hub", data_dir, "sst2")
             snapshot, record = fetch.hub_snapshot("stanfordnlp/sst2", "dataset", ["data/*.parquet"])
             found = snapshot / "data"
         files, notes = tables.find_splits(found), []
@@ -166,7 +177,7 @@ def _prepare_reviews(data_dir: Path, source: str, seed: int, force: bool) -> Ass
     wanted = {"options": {"seed": seed}}
 
     def build(folder: Path) -> dict[str, Any]:
-        _check_source(source, "wheel", data_dir, "reviews")
+        check_source(source, "wheel", data_dir, "reviews")
         with fetch.open_wheel(requirement, sha256, folder) as wheel, wheel.open(REVIEWS_FILE) as packed:
             rows = pandas.read_csv(packed, compression="bz2", keep_default_na=False)
         reviews = rows[rows["category"] != "plot"].rename(columns={"category": "label", "movie_name": "film"})
@@ -187,7 +198,7 @@ def _prepare_path(path: Path, data_dir: Path, text_column: str | None, label_col
     if (path / "manifest.json").is_file():
         return Asset(path, verify_task(path) | {"fresh": False, "redone": None, "tried": []})
     files = tables.find_splits(path)
-    options = {"inputs": _inputs(files), "text_column": text_column, "label_column": label_column,
+    options = {"inputs": hashes_of(files), "text_column": text_column, "label_column": label_column,
                "seed": None if "validation" in files else seed}  # fmt: skip
 
     def build(folder: Path) -> dict[str, Any]:
@@ -200,11 +211,15 @@ def _prepare_path(path: Path, data_dir: Path, text_column: str | None, label_col
         record = fetch.origin_record("local", str(path), None, "yours")
         return {"task": path.resolve().name} | record | {"options": options} | _write_task(folder, splits, notes)
 
-    stem = re.sub(r"[^\w-]+", "_", path.resolve().stem)[:40]  # one directory for each choice of options
-    return fetch.prepare(data_dir / f"{stem}-{fingerprint(options)}", verify_task, {"options": options}, build, force)
+    return fetch.prepare(data_dir / path_name(path, options), verify_task, {"options": options}, build, force)
 
 
-def _inputs(files: dict[str, list[Path]]) -> dict[str, str]:
+def path_name(path: Path, options: dict[str, Any]) -> str:
+    """One directory for each choice of options."""
+    return re.sub(r"[^\w-]+", "_", path.resolve().stem)[:40] + f"-{fingerprint(options)}"
+
+
+def hashes_of(files: dict[str, list[Path]]) -> dict[str, str]:
     return {file.name: fetch.sha256_of(file) for paths in files.values() for file in paths}
 
 

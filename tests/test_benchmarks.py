@@ -4,11 +4,12 @@ import importlib.util
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from common.runs import REPOSITORY
+from common.runs import REPOSITORY, UserError
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -108,3 +109,37 @@ def test_the_tables_of_qat_accuracy_judge_by_the_means():
     assert lines["bytes of the directory"] == ["1/10.00", "1/9", "yes"]
     assert lines["speed of the ONNX file, 32 x 64 tokens"] == ["2.50x", "3x", "no"]
     assert lines["speed of the ONNX file, 1 x 64 tokens"] == ["4.00x", "3x", "yes"]
+
+
+def test_perplexity(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")  # so that the processes which measure memory find it
+    module = importlib.import_module("perplexity")
+    tokens = np.random.default_rng(0).integers(0, 12_000, 999)
+    np.save(tmp_path / "tokens.npy", tokens)
+    small = ["--hidden_size", 64, "--n_layers", 1, "--token_length", 256, "--vocab_size", 12_000, "--n_windows", 3]
+    module.main([*small, "--n_repeats", 3, "--device", "cpu", "--tokens", tmp_path / "tokens.npy", "--results", tmp_path])
+    record = json.loads((tmp_path / "perplexity.json").read_text(encoding="utf-8"))
+    assert record["settings"]["n_tokens"] == 3 * 256 + 128 and record["settings"]["tokens"].endswith("tokens.npy")
+    plain, ours = record["perplexity"].values()
+    assert ours == pytest.approx(plain, rel=1e-5)
+    assert [len(values) for values in record["tokens_per_second"].values()] == [3, 3]
+    plain, ours = record["tokens_per_second"].values()
+    ratios = sorted(own / other for own, other in zip(ours, plain, strict=True))
+    assert record["speed_ratio"]["median"] == pytest.approx(ratios[1])
+    plain, ours = record["added_memory"].values()
+    assert plain > 256 * 12_000 * 4 and record["memory_ratio"] == ours / plain < 0.9  # logits of a window are in memory at once
+    shown = (tmp_path / "perplexity.md").read_text(encoding="utf-8")
+    assert f"{record['memory_ratio']:.2f}x" in shown and shown.split("|")[0] in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected a multiple of 64"):
+        module.main(["--hidden_size", 100])
+
+
+def test_perplexity_of_the_sides_must_agree(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    module = importlib.import_module("perplexity")
+    monkeypatch.setattr(module, "added_memory", lambda *_: 1)
+    monkeypatch.setitem(module.SIDES, module.OURS, lambda *arguments: module.plain_loop(*arguments) * 1.0001)
+    small = ["--hidden_size", 64, "--n_layers", 1, "--token_length", 16, "--vocab_size", 99, "--n_windows", 1, "--n_repeats", 1]
+    with pytest.raises(AssertionError, match=r"perplexity .* by evaluate_perplexity"):
+        module.main([*small, "--device", "cpu", "--results", tmp_path])
+    assert not list(tmp_path.iterdir())

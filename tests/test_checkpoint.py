@@ -14,6 +14,7 @@ from common import checkpoint
 from common.blocks import blocks_of
 from common.checkpoint import (
     is_classifier_of,
+    load_causal_lm,
     load_checkpoint,
     load_classifier,
     load_model,
@@ -251,6 +252,53 @@ def test_outline_of_what_is_no_supported_model(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             outline(tmp_path)
+
+
+def pruned_llama():
+    model, _ = random_model("llama")
+    shrink_(model, uneven_keep(blocks_of(model)))
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: random_model("opt-350m")[0], lambda: random_model("qwen2")[0], pruned_llama])
+def test_outline_of_a_causal_lm(tmp_path, make):
+    model = make()
+    save_model(tmp_path / "model", model, Tokenizer())
+    drawn = outline(tmp_path / "model", transformers.AutoModelForCausalLM)
+    assert [(n, p.shape) for n, p in drawn.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    assert [b.shape for b in blocks_of(drawn)] == [b.shape for b in blocks_of(model)]
+    assert {p.device.type for p in drawn.parameters()} == {"meta"}
+
+
+def test_outline_of_what_is_no_causal_lm(tmp_path):
+    save_model(tmp_path / "model", random_model("distilbert")[0], Tokenizer())
+    with pytest.raises(UserError, match="a distilbert model is not loadable as AutoModelForCausalLM"):
+        outline(tmp_path / "model", transformers.AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("make", [lambda: random_model("opt-350m")[0], lambda: random_model("qwen2")[0], pruned_llama])
+def test_load_causal_lm(tmp_path, make):
+    model = make()
+    save_model(tmp_path / "model", model, Tokenizer())
+    same = load_causal_lm(tmp_path / "model")
+    assert type(same).__name__.endswith("ForCausalLM") and {p.dtype for p in same.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(same.eval()(**batch()).logits, model.eval()(**batch()).logits)
+    half = load_causal_lm(tmp_path / "model", torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    save_model(tmp_path / "half", half, Tokenizer())
+    assert {p.dtype for p in load_causal_lm(tmp_path / "half").parameters()} == {torch.bfloat16}  # as it was stored
+    assert {p.dtype for p in load_causal_lm(tmp_path / "half", torch.float32).parameters()} == {torch.float32}
+
+
+def test_what_holds_no_causal_lm_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"no config.json of a known model"):
+        load_causal_lm(tmp_path / "nothing")
+    classifier = transformers.AutoModelForSequenceClassification.from_config(random_model("llama")[0].config)
+    for model in (random_model("bert")[0], classifier):
+        save_model(tmp_path / "model", model, Tokenizer())
+        with pytest.raises(UserError, match=f"holds {type(model).__name__}; expected a causal language model"):
+            load_causal_lm(tmp_path / "model")
 
 
 @pytest.mark.parametrize("make", [lambda: random_model("bert")[0], pruned_bert])

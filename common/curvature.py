@@ -1,0 +1,181 @@
+"""What calibration text says of a causal LM's projections: second moments of inputs, Fisher matrices of outputs, allocation.
+
+Every pass is over a `StreamedLM`, one block in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.blocks import Block
+from common.importance import curvature_seed
+from common.one_shot import FISHER_DAMPING, Pattern, inverse_of, obs_scores, wanda_scores
+from common.streaming import Activations, StreamedLM, write_tensors
+
+FULL_FISHER = 8192  # projections of more outputs than this get the diagonal of their Fisher matrix only
+OWL_LIMIT = 0.08  # the paper's lambda
+QUANTILES = 1024  # of a projection's scores, kept to choose its sparsity by
+
+
+@contextmanager
+def input_moments(block: Block, full: bool = True):
+    """Inside, every forward of the block adds up X^T X of what its projections read; `full` False: only its diagonal.
+
+    Yields {projection: (in, in) or (in,) fp32}; projections that share an input share the tensor. After it they are means
+    over the tokens.
+    """
+    moments, n_tokens, handles = {}, 0, []
+
+    def note(first, count):
+        def hook(module, args):
+            nonlocal n_tokens
+            x = args[0].detach().float().flatten(0, -2)  # (tokens, in)
+            n_tokens += len(x) if count else 0
+            with torch.autocast(x.device.type, enabled=False):
+                moments[first].addmm_(x.T, x) if full else moments[first].add_(x.square().sum(0))
+
+        return hook
+
+    for i, linears in enumerate(block.inputs):
+        n = linears[0].in_features
+        moments |= dict.fromkeys(linears, torch.zeros((n, n) if full else (n,), device=linears[0].weight.device))
+        handles.append(linears[0].register_forward_pre_hook(note(linears[0], i == 0)))
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+    for linears in block.inputs:
+        moments[linears[0]] /= max(1, n_tokens)
+
+
+@contextmanager
+def output_gradients(block: Block, fishers: dict[nn.Linear, torch.Tensor]):
+    """Inside, every backward through the block adds up G^T G of the gradients G at its projections' outputs."""
+
+    def hook(module, args, output):
+        output.register_hook(lambda grad: add(fishers[module], grad.float().flatten(0, -2)))
+
+    def add(total, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            total.addmm_(grad.T, grad) if total.ndim == 2 else total.add_(grad.square().sum(0))
+
+    handles = [linear.register_forward_hook(hook) for linear in block.projections]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: int, directory: Path, pattern: Pattern,
+                 on_disk: bool, done: Callable[[str], None]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """One forward and one backward of the dense model, block by block: `fisher-<i>.safetensors` in `directory`.
+
+    The Fisher matrix of a projection is the second moment, a token, of the gradients at its outputs of the KL divergence of
+    the model's predictions from their own (importance.curvature_seed: no label is used). Returned, by the projection's name,
+    are the quantiles (QUANTILES,) of what its weights (or blocks) cost in nats each, by `one_shot.obs_scores`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [lm.embed(samples, batch_size, directory / "states-0" if on_disk else None)]
+    for i in range(len(lm)):
+        following = Activations(directory / f"states-{i + 1}" if on_disk else None)
+        with lm.loaded(i), torch.no_grad():
+            for b in range(len(inputs[i])):
+                following.append(lm.run(i, inputs[i][b].to(lm.device)))
+        inputs.append(following)
+        done("forward")
+    grads = Activations(directory / "gradients" if on_disk else None)
+    for b in range(len(inputs[-1])):
+        states = inputs[-1][b].to(lm.device).clone().requires_grad_()
+        logits = lm.logits(samples[b * batch_size : (b + 1) * batch_size], states)  # (B, T, V)
+        start = curvature_seed(logits.detach(), logits.detach(), 1.0, generator)
+        grads.append(torch.autograd.grad(logits, states, start)[0])
+    curves, n_tokens = {}, samples.numel()
+    for i in reversed(range(len(lm))):
+        with lm.loaded(i) as block:
+            fishers = {linear: torch.zeros((n, n) if n <= FULL_FISHER else (n,), device=lm.device)
+                       for linear in block.projections for n in [linear.out_features]}  # fmt: skip
+            with input_moments(block) as grams, output_gradients(block, fishers):
+                for b in range(len(grads)):
+                    states = inputs[i][b].to(lm.device).clone().requires_grad_()
+                    with torch.enable_grad():
+                        output = lm.run(i, states)
+                    grads[b] = torch.autograd.grad(output, states, grads[b].to(lm.device))[0]
+            for linear, fisher in fishers.items():
+                fisher /= n_tokens
+                curves[lm.names[linear]] = score_quantiles(linear.weight, grams[linear], fisher, pattern)
+            write_tensors(directory / f"fisher-{i}.safetensors", {lm.names[linear]: f for linear, f in fishers.items()})
+        inputs.pop().drop()
+        done("backward")
+    inputs.pop().drop()
+    grads.drop()
+    return curves
+
+
+def score_quantiles(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Quantiles (QUANTILES,) of the OBS costs of a projection's weights, or blocks, in nats a token and a weight."""
+    rows = inverse_of(fisher, FISHER_DAMPING).diagonal() if fisher.ndim == 2 else 1 / fisher.clamp_min(1e-30)
+    scores = obs_scores(weight, inverse_of(gram), rows, pattern).flatten()
+    if pattern.kind == "block":
+        scores = scores / (pattern.n * pattern.m)
+    ranked = scores.sort().values
+    at = torch.linspace(0, len(ranked) - 1, QUANTILES, device=ranked.device).round().long()
+    return ranked[at].cpu()
+
+
+def sensitivity_allocation(curves: dict[str, torch.Tensor], sizes: dict[str, int], sparsity: float, limit: float
+                           ) -> dict[str, float]:  # fmt: skip
+    """A sparsity for each projection: what one threshold of the score would remove of it, so that in all it is `sparsity`.
+
+    curves: quantiles of scores, ascending; sizes: weights. limit: no projection is further than this from the mean.
+    """
+    logs = {name: curve.double().clamp_min(1e-30).log() for name, curve in curves.items()}
+    low, high = torch.stack([*logs.values()]).aminmax()
+    total = sum(sizes.values())
+
+    def at(threshold: torch.Tensor) -> dict[str, float]:
+        shares = {name: float(torch.searchsorted(curve, threshold)) / len(curve) for name, curve in logs.items()}
+        return {name: min(max(share, sparsity - limit, 0.0), sparsity + limit, 0.99) for name, share in shares.items()}
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        removed = sum(share * sizes[name] for name, share in at(middle).items()) / total
+        low, high = (middle, high) if removed < sparsity else (low, middle)
+    shares = at(high)
+    excess = sum(share * sizes[name] for name, share in shares.items()) / total - sparsity
+    return {name: min(1.0, max(0.0, share - excess)) for name, share in shares.items()}  # what the quantiles' steps left over
+
+
+@torch.no_grad()
+def outlier_shares(lm: StreamedLM, hidden: Activations) -> list[float]:
+    """For each block of the dense model, the share of its Wanda scores above 5 times their projection's mean."""
+    shares = []
+    for i in range(len(lm)):
+        with lm.loaded(i) as block:
+            with input_moments(block, full=False) as moments:
+                lm.advance(i, hidden)
+            above = total = 0
+            for linear in block.projections:
+                scores = wanda_scores(linear.weight, moments[linear])
+                above, total = above + int((scores > 5 * scores.mean()).sum()), total + scores.numel()
+            shares.append(above / total)
+    return shares
+
+
+def owl_allocation(outliers: list[float], sparsity: float, limit: float = OWL_LIMIT) -> list[float]:
+    """OWL (arXiv 2310.05175): blocks with more outliers among their Wanda scores are pruned less, by `limit` at most.
+
+    outliers: the share of scores above 5 times the mean, a block. The mean over blocks is `sparsity`.
+    """
+    ratios = torch.tensor(outliers, dtype=torch.float64)
+    spread = ratios.max() - ratios.min()
+    if spread == 0:
+        return [sparsity] * len(outliers)
+    scaled = (ratios - ratios.min()) / spread * 2 * limit  # the paper's: from 0 to twice the limit, then centred
+    return [min(1.0, max(0.0, float(s))) for s in sparsity - (scaled - scaled.mean())]

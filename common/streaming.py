@@ -1,0 +1,299 @@
+"""Causal language models larger than memory: blocks come from safetensors one at a time, run, and go again.
+
+What is held at once is one block, the embeddings, and the activations of the calibration text between two blocks (in memory,
+or on disk). The blocks are called with the arguments that the model's own forward hands them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import modeling_pruned, train_utils
+from common.blocks import Block, blocks_of, family_of, layers_of
+from common.fetch import MODEL_FILES, matches
+from common.runs import UserError, read_json, write_atomic
+
+SHARD_BYTES = 2 * 2**30  # a model of at most so many bytes is written as one file
+
+
+class Activations:
+    """Hidden states between two blocks, one tensor a batch, on the CPU or, with `directory`, in a file there."""
+
+    def __init__(self, directory: Path | None = None):
+        self.directory, self.tensors = directory, []
+
+    def append(self, hidden: torch.Tensor) -> None:
+        self.tensors.append(self._stored(hidden, len(self.tensors)))
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.tensors[i]
+
+    def __setitem__(self, i: int, hidden: torch.Tensor) -> None:
+        self.tensors[i].copy_(hidden)
+
+    def _stored(self, hidden: torch.Tensor, i: int) -> torch.Tensor:
+        if self.directory is None:
+            return hidden.detach().float().cpu().clone()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        shared = torch.from_file(str(self.directory / f"{i:05d}.bin"), shared=True, size=hidden.numel()).view(hidden.shape)
+        return shared.copy_(hidden.detach())
+
+    def drop(self) -> None:
+        self.tensors = []
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class StreamedLM:
+    """A causal LM's directory, read block by block; its embeddings and norms are loaded, its blocks are on the meta device.
+
+    precision: as train_utils.autocast takes it; weights are held in fp32 while they are here.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, precision: str = "32"):
+        self.directory, self.device, self.precision = Path(directory), device, precision
+        self.model, self.files = causal_outline(directory), tensor_files(directory)
+        self.model.config.use_cache = False
+        self.layers, self.blocks = layers_of(self.model), blocks_of(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        self.names = {linear: names[linear] for block in self.blocks for linear in block.projections}
+        self.prefixes = [names[layer] + "." for layer in self.layers]
+        self.arguments: list[dict[tuple, tuple]] = [{} for _ in self.layers]  # by the shape of the batch
+        self.rest = [name for name, _ in self.model.named_parameters() if not name.startswith(tuple(self.prefixes))]
+        self.head_loaded = False
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the directory, as they are stored. Files are closed again, so that their pages do not stay mapped."""
+        found, base = {}, self.model.base_model_prefix + "."
+        for name in names:
+            stored = next((n for n in (name, name.removeprefix(base), base + name) if n in self.files), None)
+            if stored is None:
+                raise UserError(f"{self.directory}: has no tensor {name}. Expected a causal LM saved by transformers")
+            try:
+                with safe_open(self.files[stored], "pt") as file:
+                    found[name] = file.get_tensor(stored).clone()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.files[stored]}: not readable ({str(error).splitlines()[0]})") from None
+        return found
+
+    def _load_rest(self, head: bool) -> None:
+        """Embeddings, and with `head` also what follows the last block."""
+        wanted = set(self.rest)
+        if not head and (output := self.model.get_output_embeddings()) is not None and not self._tied():
+            wanted -= {name for name, p in self.model.named_parameters() if p is output.weight}
+        on_meta = [name for name in self.rest if name in wanted and self.model.get_parameter(name).is_meta]
+        for name in on_meta:
+            owner, _, last = name.rpartition(".")
+            value = self.read([name])[name].to(self.device, torch.float32)
+            setattr(self.model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+        for name, buffer in self.model.named_buffers():
+            if not name.startswith(tuple(self.prefixes)) and buffer.device != self.device:
+                owner, _, last = name.rpartition(".")
+                self.model.get_submodule(owner).register_buffer(last, buffer.to(self.device), persistent=False)
+        self.model.tie_weights()
+
+    def _tied(self) -> bool:
+        return bool(getattr(self.model.config, "tie_word_embeddings", False))
+
+    @contextmanager
+    def loaded(self, i: int, tensors: dict[str, torch.Tensor] | None = None) -> Iterator[Block]:
+        """Inside, block `i` has its weights (or `tensors`, by their full names), in fp32 on the device."""
+        layer, prefix = self.layers[i], self.prefixes[i]
+        names = [prefix + name for name, _ in layer.named_parameters()]
+        tensors = self.read(names) if tensors is None else tensors
+        values = {name.removeprefix(prefix): tensors[name].to(self.device, torch.float32) for name in names}
+        layer.load_state_dict(values, assign=True, strict=False)
+        layer.requires_grad_(False).eval()
+        try:
+            yield self.blocks[i]
+        finally:
+            layer.to("meta")
+
+    def tensors(self, i: int) -> dict[str, torch.Tensor]:
+        """The parameters of block `i`, which is loaded, by their full names."""
+        return {self.prefixes[i] + name: parameter.data for name, parameter in self.layers[i].named_parameters()}
+
+    def stored(self, i: int) -> dict[str, torch.dtype]:
+        """How the directory stores the parameters of block `i`, by their full names."""
+        names = [self.prefixes[i] + name for name, _ in self.layers[i].named_parameters()]
+        return {name: tensor.dtype for name, tensor in self.read(names).items()}
+
+    @contextmanager
+    def _stubs(self, stub_of):
+        """Blocks replaced by `stub_of(i)`, a function of their arguments, while the model's own forward runs."""
+        for i, layer in enumerate(self.layers):
+            layer.forward = stub_of(i)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    @torch.no_grad()
+    def embed(self, samples: torch.Tensor, batch_size: int, directory: Path | None = None) -> Activations:
+        """What the first block is given for samples (n, length), and for each block the arguments that come with it."""
+        self._load_rest(head=False)
+        hidden = Activations(directory)
+
+        class Done(Exception):
+            pass
+
+        def stub_of(i):
+            def stub(states, *args, **kwargs):
+                if i == 0:
+                    hidden.append(states)
+                self.arguments[i][tuple(states.shape[:2])] = args, kwargs
+                if i == len(self) - 1:
+                    raise Done  # what follows the blocks is not needed, and perhaps not loaded
+                return states
+
+            return stub
+
+        with self._stubs(stub_of):
+            for start in range(0, len(samples), batch_size):
+                with suppress(Done):
+                    self.model.base_model(input_ids=samples[start : start + batch_size].to(self.device), use_cache=False)
+        return hidden
+
+    def run(self, i: int, states: torch.Tensor) -> torch.Tensor:
+        """The output of block `i`, which is loaded, for hidden states (B, T, hidden) on the device."""
+        args, kwargs = self.arguments[i][tuple(states.shape[:2])]
+        with train_utils.autocast(self.device, self.precision):
+            output = self.layers[i](states, *args, **kwargs)
+        return (output[0] if isinstance(output, tuple) else output).float()
+
+    @torch.no_grad()
+    def advance(self, i: int, hidden: Activations) -> None:
+        """Take all hidden states through block `i`, which is loaded."""
+        for b in range(len(hidden)):
+            hidden[b] = self.run(i, hidden[b].to(self.device))
+
+    def logits(self, samples: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """What the model makes of hidden states (B, T, hidden) behind its last block: (B, T, V) fp32."""
+        if not self.head_loaded:
+            self._load_rest(head=True)
+            self.head_loaded = True
+
+        def stub_of(i):
+            return lambda given, *args, **kwargs: states if i == len(self) - 1 else given
+
+        with self._stubs(stub_of), train_utils.autocast(self.device, self.precision):
+            return self.model(input_ids=samples.to(self.device), use_cache=False).logits.float()
+
+
+def causal_outline(directory: Path) -> nn.Module:
+    """The causal LM of a directory with its parameters on the meta device and its buffers real.
+
+    UserError for what is no causal LM of a family in common/blocks.py.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: no config.json of a known model ({str(error).splitlines()[0]})") from None
+    family_of(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)
+            if getattr(config, "pruned_linears", None):
+                modeling_pruned.resize_(model, config)
+    except ValueError:
+        raise UserError(f"{directory}: {config.model_type} is not a causal language model") from None
+    return model.eval()
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Which safetensors file of a model directory holds each tensor. UserError where there is none."""
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        return {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{directory}: no model.safetensors (pickled weights are never loaded)")
+    try:
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not readable ({str(error).splitlines()[0]})") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+    os.replace(beside, path)
+
+
+def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) -> None:
+    """The model directory `target`: what `source` has besides its weights, the tensors in `parts` (files, which are moved),
+    and from `source` those that no part has. In one file where it is small, else a shard a part; never half of it.
+    """
+    beside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for file in Path(source).iterdir():
+        goes = matches(file.name, MODEL_FILES) or file.name == "modeling_pruned.py"
+        if file.is_file() and goes and ".safetensors" not in file.name:
+            shutil.copyfile(file, beside / file.name)
+    files, done = tensor_files(source), {}
+    for part in parts:
+        with safe_open(part, "pt") as opened:
+            done |= dict.fromkeys(opened.keys(), part)
+    rest = {}
+    for name, path in files.items():
+        if name not in done:
+            with safe_open(path, "pt") as opened:
+                rest[name] = opened.get_tensor(name).clone()
+    total = sum(t.numel() * t.element_size() for t in rest.values()) + sum(part.stat().st_size for part in parts)
+    if total <= SHARD_BYTES:
+        for part in parts:
+            with safe_open(part, "pt") as opened:
+                rest |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        write_tensors(beside / "model.safetensors", rest)
+    else:
+        n, weights = len(parts) + 1, {}
+        for i, part in enumerate([None, *parts]):
+            shard = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+            if part is None:
+                write_tensors(beside / shard, rest)
+                weights |= dict.fromkeys(rest, shard)
+                continue
+            shutil.copyfile(part, beside / shard)
+            weights |= {name: shard for name, path in done.items() if path == part}
+        index = {"metadata": {"total_size": total}, "weight_map": weights}
+        write_atomic(beside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_atomic(beside / "compression.json", json.dumps({"stages": stages}, indent=2, default=str) + "\n")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(beside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def measured_sparsity(directory: Path, names: list[str]) -> float:
+    """Fraction of zeros among the named tensors of a model directory, read one at a time."""
+    files, zeros, total = tensor_files(directory), 0, 0
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            tensor = file.get_tensor(name)
+            zeros, total = zeros + int((tensor == 0).sum()), total + tensor.numel()
+    return zeros / total
