@@ -176,8 +176,8 @@ generating text.
 - tokenizer: byte-level BPE, {c["vocab_size"]:,} tokens, learnt from the same text
 - data: {m["train_tokens"]:,} tokens of news articles, the training split of `1_prepare_data.py --task news`; the source states
   no licence for the articles, and none of them is in this directory
-- command: `{record["command"].replace("python ", "python assets/", 1)}`, {m["steps"]:,} steps of {c["batch_size"]} x {c["token_length"]} tokens,
-  {c["num_epochs"]:g} epochs
+- command: `{record["command"].replace("python ", "python assets/", 1)}`,
+  {m["steps"]:,} steps of {c["batch_size"]} x {c["token_length"]} tokens, {c["num_epochs"]:g} epochs
 - time: {minutes:.0f} minutes, {environment["threads"]} threads, {environment["cpu"]}, {c["precision"]}
 - perplexity on the test split, windows of {c["token_length"]}: {m["test_perplexity"]:.2f}; on the validation split
   {m["validation_perplexity"]:.2f}, which changed by {m["last_tenth"]:+.2%} over the last tenth of the training
