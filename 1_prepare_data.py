@@ -138,8 +138,11 @@ def megabytes(files) -> str:
 def is_text(args) -> bool:
     """Whether the task is text for a language model: by name, or a path in which there are no labels."""
     path = Path(args.task).expanduser()
-    of_a_path = args.task not in ("auto", *TASKS) and path.exists() and not args.label_column
-    return args.task in TEXTS or (of_a_path and holds_texts(path, args.text_column))
+    if args.task in ("auto", *TASKS, *TEXTS):
+        return args.task in TEXTS
+    if not path.exists():
+        raise UserError(f"--task {args.task}: not one of {', '.join([*TASKS, *TEXTS])}, and no such file or folder")
+    return not args.label_column and holds_texts(path, args.text_column)
 
 
 def prepare_labelled(args) -> None:

@@ -186,7 +186,7 @@ def noted(path: Path, key: str) -> Any:
     """What the manifest of a directory says of one thing, unchecked; None where it says nothing, or nothing readable."""
     try:
         return read_json(path / "manifest.json")[key]
-    except (UserError, KeyError, TypeError):
+    except (UserError, OSError, KeyError, TypeError):
         return None
 
 

@@ -80,14 +80,14 @@ def block_sums(values: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 def keep_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, per_row: bool = False) -> torch.Tensor:
     """True for what stays, (out, in): the highest scores, as many as the sparsity says, to the weight (or the block).
 
-    scores: (out, in), or of a block pattern also (out / n, in / m); (out, in) scores of blocks are summed. per_row: the same
-    count in every row (Wanda), else in the matrix. The counts are exact, whatever ties there are.
+    scores: (out, in), of a block pattern (out / n, in / m), as `block_sums` gives them. per_row: the same count in every row
+    (Wanda), else in the matrix. The counts are exact, whatever ties there are.
     """
     if pattern.kind == "n:m":
         grouped = scores.unflatten(1, (-1, pattern.m))  # (out, in / m, m)
         index = grouped.topk(pattern.n, 2).indices
         return torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, index, True).flatten(1)
-    if pattern.kind == "block" and (pattern.n > 1 or pattern.m > 1):
+    if pattern.kind == "block":
         of_blocks = keep_mask(scores, Pattern("unstructured"), sparsity)
         return of_blocks.repeat_interleave(pattern.n, 0).repeat_interleave(pattern.m, 1)
     ranked = scores if per_row else scores.flatten()[None]
@@ -130,8 +130,8 @@ def obs_scores(weight: torch.Tensor, inverse: torch.Tensor, rows: torch.Tensor |
 
 
 def damped(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """The matrix with `damping` times the mean of its diagonal added to it; one, where that mean is zero."""
-    mean = matrix.diagonal().mean()
+    """The matrix with `damping` times the mean size of its diagonal added to it; one, where that is zero."""
+    mean = matrix.diagonal().abs().mean()
     return matrix + torch.where(mean > 0, damping * mean, 1.0) * torch.eye(len(matrix)).to(matrix)
 
 

@@ -216,6 +216,7 @@ def causal_outline(directory: Path) -> nn.Module:
                 modeling_pruned.resize_(model, config)
     except ValueError:
         raise UserError(f"{directory}: {config.model_type} is not a causal language model") from None
+    model.tie_weights()
     return model.eval()
 
 

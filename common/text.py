@@ -147,9 +147,12 @@ def token_stream(text_dir: Path, split: str, tokenizer, joiner: str = "eos") -> 
 
 def tokenizer_key(tokenizer, joiner: str) -> str:
     """Eight hex digits of everything that decides the ids. What a call leaves behind in the tokenizer does not count."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    settings = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
-    return fingerprint([type(tokenizer).__name__, settings, tokenizer.special_tokens_map, joiner])
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        settings = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    else:
+        settings = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    return fingerprint([settings, tokenizer.eos_token_id, joiner])
 
 
 def _stored(text_dir: Path, folder: Path, split: str) -> np.memmap | None:

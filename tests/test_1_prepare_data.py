@@ -170,6 +170,11 @@ def test_labels_make_a_task_and_none_make_a_text(main, tmp_path, capsys):
     assert line(out, "task")[1].startswith("films-") and "documents" in out and "labels" in out  # both are listed
 
 
+def test_a_name_that_is_neither_a_task_nor_a_text(main, tmp_path):
+    with pytest.raises(UserError, match="--task wikitex: not one of sst2, reviews, wikitext2, news, and no such file"):
+        main(["--task", "wikitex", "--data_dir", tmp_path / "data"])
+
+
 def test_a_text_is_verified_too(main, novel, tmp_path, capsys):
     main([*novel, "--model", "none"])
     main(["--data_dir", tmp_path / "data", "--verify"])

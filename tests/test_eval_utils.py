@@ -210,7 +210,7 @@ def test_perplexity_does_not_depend_on_batches_and_chunks(settings, monkeypatch)
 
 def test_only_scored_positions_reach_the_head_a_few_at_a_time(monkeypatch):
     model, _ = random_model("llama")
-    monkeypatch.setattr(eval_utils, "LOGITS_AT_ONCE", {"cpu": 50 * 7})
+    monkeypatch.setattr(eval_utils, "LOGITS_AT_ONCE", {"cpu": 50 * 7, "cuda": 0})
     rows, forwards = [], []
     model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
     model.base_model.register_forward_hook(lambda module, args, kwargs, output: forwards.append(

@@ -21,7 +21,7 @@ from common.text import calibration_samples, prepare_text, token_stream
 from tests.conftest import SHARED_DATA
 
 WORDS = ["the", "a", "court", "of", "river", "price", "minister", "storm", "says", "goal", "second", "team", "north", "water"]
-NEWS_KEPT = 0  # articles
+NEWS_KEPT = 3_824 - 36 - 30  # without a text, told before
 
 
 def sentences(n, n_words=12, seed=0):
@@ -300,7 +300,7 @@ def test_the_real_news(real_news):
     assert rows["test"] == rows["validation"]
     keys = [{tables.text_key(document) for document in part} for part in found.values()]
     assert sum(map(len, keys)) == len(set.union(*keys))  # no article twice, in one split or in two
-    bodies = [{tables.text_key(document.rsplit("\n", 1)[1]) for document in part} for part in found.values()]
+    bodies = [{tables.text_key(document.split("\n")[-1]) for document in part} for part in found.values()]
     assert not any(a & b for a, b in ((bodies[0], bodies[1]), (bodies[0], bodies[2]), (bodies[1], bodies[2])))
     assert real_news.record["form"] == "raw"
 
@@ -335,10 +335,11 @@ def test_documents_joined_by_blank_lines(prepared, tokenizer):
 def test_tokenised_once(prepared, tokenizer, tokenizer_dir, monkeypatch):
     first = token_stream(prepared, "test", tokenizer)
     monkeypatch.setattr(text, "_tokenise_each", lambda *args: pytest.fail("tokenised again"))
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer(["a", "b c"], truncation=True, max_length=1, padding="max_length")  # leaves its mark in the tokenizer
     fresh = AutoTokenizer.from_pretrained(tokenizer_dir)
     assert all(np.array_equal(token_stream(prepared, "test", found), first) for found in (tokenizer, fresh))
-    for change in ({"eos_token": "<s>"}, {"bos_token": "</s>"}):
+    for change in ({"eos_token": "<s>"}, {"extra_special_tokens": ["<x>"]}):
         fresh = AutoTokenizer.from_pretrained(tokenizer_dir, **change)
         assert text.tokenizer_key(fresh, "eos") != text.tokenizer_key(tokenizer, "eos")
 

@@ -7,7 +7,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from common import train_utils
 from common.runs import UserError
-from common.train_utils import EarlyStopping, adamw, linear_schedule
+from common.train_utils import EarlyStopping, OneDNNLinear, adamw, linear_schedule
 from tests.test_families import random_model
 
 CPU = torch.device("cpu")
@@ -120,6 +120,45 @@ def test_attention_under_autocast_trains_as_it_evaluates(precision):
     tolerance = 1e-5 if precision == "32" else 0.05 * float(exact.detach().std())
     torch.testing.assert_close(training.float(), exact, rtol=0, atol=tolerance)
     torch.testing.assert_close(evaluating.float(), exact, rtol=0, atol=tolerance)
+
+
+def by_onednn(monkeypatch, layer, states):
+    """What the layer returns inside of `OneDNNLinear`, and how often oneDNN was called."""
+    calls, original = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: (calls.append(1), original(*args))[1])
+    with OneDNNLinear():
+        return layer(states), len(calls)
+
+
+@pytest.mark.parametrize("shape", [(7, 32), (2, 5, 32), (1, 32), (2, 3, 4, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_by_onednn_are_the_same(shape, bias, monkeypatch):
+    layer, states = nn.Linear(32, 1000, bias=bias), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for some in (states, states.flip(0).transpose(0, -2), states.expand(3, *shape), torch.randn(32, 9).t()):
+            found, n_calls = by_onednn(monkeypatch, layer, some)
+            assert n_calls == 1 and found.is_contiguous()
+            torch.testing.assert_close(found, layer(some), rtol=1e-5, atol=1e-5)
+        layer.weight = nn.Parameter(torch.randn(32, 1000).t())  # not contiguous
+        torch.testing.assert_close(by_onednn(monkeypatch, layer, states)[0], layer(states), rtol=1e-5, atol=1e-5)
+
+
+def test_what_onednn_does_not_take_is_computed_as_ever(monkeypatch):
+    layer, states = nn.Linear(8, 4), torch.randn(3, 8)
+    found, n_calls = by_onednn(monkeypatch, layer, states)  # with gradients
+    assert n_calls == 0 and torch.equal(found, layer(states)) and found.requires_grad
+    with torch.no_grad():
+        assert by_onednn(monkeypatch, layer, states)[1] == 1
+        for other in (states[:0], states[0]):
+            assert torch.equal(by_onednn(monkeypatch, layer, other)[0], layer(other))
+        for dtype in (torch.float64, torch.bfloat16):
+            found, n_calls = by_onednn(monkeypatch, layer.to(dtype), states.to(dtype))
+            assert n_calls == 0 and torch.equal(found, layer(states.to(dtype)))
+        layer.float()
+        with train_utils.autocast(CPU, "bf16-mixed"):
+            found, n_calls = by_onednn(monkeypatch, layer, states)
+            assert n_calls == 0 and found.dtype == torch.bfloat16
+    assert not torch.overrides._get_current_function_mode()
 
 
 def test_mean_loss_refuses_what_is_not_finite():
