@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import assets, checkpoint, curvature, data, eval_utils, one_shot, runs, streaming, text, train_utils
 from common.one_shot import Problem
-from common.runs import Run, UserError
+from common.runs import Run, UserError, table
 
 PRESETS = [
     # flag, full, fast, meaning, limits
@@ -147,7 +147,7 @@ def allocate(lm, samples, args, pattern, run) -> dict[str, float]:
     return shares
 
 
-def prune(args, base, tokenizer, shape, device) -> Path:
+def prune(args, base, tokenizer, lm, device) -> None:
     """Prune `base` into a model directory, with its record."""
     pattern = one_shot.parse_pattern(args.sparsity_type, args.block_size)
     source = text.prepare_text(args.calibration, args.data_dir, args.source, args.local_dir)
@@ -155,8 +155,8 @@ def prune(args, base, tokenizer, shape, device) -> Path:
     samples = text.calibration_samples(stream, args.nsamples, args.seqlen, args.seed)  # (n, seqlen)
     settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in NO_RESULT}
     settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}
-    n = sum(linear.weight.numel() for block in shape.blocks for linear in block.projections)
-    print(f"""model        {base.record["name"]} ({base.record["source"]}), {len(shape)} blocks with {n / 1e6:,.1f} M weights
+    n = sum(linear.weight.numel() for block in lm.blocks for linear in block.projections)
+    print(f"""model        {base.record["name"]} ({base.record["source"]}), {len(lm)} blocks with {n / 1e6:,.1f} M weights
 calibration  {source.record["name"]}: {args.nsamples} x {args.seqlen} of {len(stream):,} tokens
 pruning      {args.prune_method}, {pattern}, sparsity {args.sparsity_ratio:g}, {args.allocation}, update {args.update}
 running      {args.precision}, {args.device}, activations {"on disk" if args.offload_activations else "in memory"}
@@ -166,32 +166,36 @@ running      {args.precision}, {args.device}, activations {"on disk" if args.off
     with Run(args.out_dir, "one_shot", settings, args.run_name, args.resume) as run:
         target = args.save or run.model_dir
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
-        if run.finished and target.exists():
-            return target
-        lm = shape
-        with run.timed("allocation"):
-            shares = allocate(lm, samples, args, pattern, run)
-        with run.timed("pruning"):
-            hidden = lm.embed(samples, args.batch_size, run.dir / "activations" if args.offload_activations else None)
-            records = prune_(lm, hidden, args, pattern, shares, run)
-            hidden.drop()
-        with run.timed("writing"):
-            stage = {"asked": settings, "pattern": str(pattern), "projections": records}
-            parts = [run.dir / "blocks" / f"block-{i}.safetensors" for i in range(len(lm))]
-            streaming.assemble(base.path, parts, target, [*checkpoint.compression_stages(base.path), stage])
-            tokenizer.save_pretrained(target)
-        measured = streaming.measured_sparsity(target, [f"{record['name']}.weight" for record in records])
-        run.record |= {"metrics": {"sparsity": measured, "sparsity_asked": args.sparsity_ratio}, "projections": records,
-                       "model_dir": target}  # fmt: skip
-        checkpoint.drop(run.dir / "blocks", run.dir / "curvature", run.dir / "activations")
-    print(f"sparsity {measured:.4f} measured, {args.sparsity_ratio:.4f} asked   "
-          + "   ".join(f"{phase} {seconds:.1f} s" for phase, seconds in run.record["timings"].items()))  # fmt: skip
-    print(f"model    {target}\nrecord   {run.dir / 'run.json'}")
-    return target
+        if not (run.finished and target.exists()):
+            with run.timed("allocation"):
+                shares = allocate(lm, samples, args, pattern, run)
+            with run.timed("pruning"):
+                hidden = lm.embed(samples, args.batch_size, run.dir / "activations" if args.offload_activations else None)
+                records = prune_(lm, hidden, args, pattern, shares, run)
+                hidden.drop()
+            with run.timed("writing"):
+                stage = {"asked": settings, "pattern": str(pattern), "projections": records}
+                parts = [run.dir / "blocks" / f"block-{i}.safetensors" for i in range(len(lm))]
+                streaming.assemble(base.path, parts, target, [*checkpoint.compression_stages(base.path), stage])
+                tokenizer.save_pretrained(target)
+            measured = streaming.measured_sparsity(target, [f"{record['name']}.weight" for record in records])
+            found = {"sparsity_asked": args.sparsity_ratio, "sparsity": measured, "bytes": eval_utils.directory_bytes(target)}
+            run.record |= {"metrics": {"dense": {"bytes": eval_utils.directory_bytes(base.path)}, "pruned": found},
+                           "projections": records, "dense_dir": base.path, "model_dir": target}  # fmt: skip
+            checkpoint.drop(run.dir / "blocks", run.dir / "curvature", run.dir / "activations")
+        if args.eval:
+            for name, directory in (("dense", base.path), ("pruned", target)):
+                print(f"\n{name}: {directory}")
+                found, run.record["evaluation"] = evaluate(directory, args, device)
+                run.record["metrics"][name] |= found
+            run.save()
+    print("", table(eval_utils.comparison(run.record["metrics"])), sep="\n")
+    seconds = "   ".join(f"{phase} {seconds:.1f} s" for phase, seconds in run.record["timings"].items())
+    print(f"\n{seconds}\n\nmodel   {target}\nrecord  {run.dir / 'run.json'}")
 
 
-def evaluate(directory: Path, args, device) -> float:
-    """Perplexity of a model directory on a text's test split, with the console of the guide."""
+def evaluate(directory: Path, args, device) -> tuple[dict, dict]:
+    """Perplexity of a model directory on a text's test split, with the console of the guide; and how it was measured."""
     model = checkpoint.load_causal_lm(directory).to(device)
     tokenizer = data.load_tokenizer(directory, model.config)
     source = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)
@@ -203,7 +207,9 @@ def evaluate(directory: Path, args, device) -> float:
     found = eval_utils.evaluate_perplexity(model, stream, length, args.stride or None, protocol=args.ppl_protocol,
                                            progress="🧮 Computing perplexity")  # fmt: skip
     print(f"✅ Perplexity: {found['perplexity']:.2f}   ({found['n_tokens']:,} tokens in windows of {length})")
-    return found["perplexity"]
+    how = {"text": source.record["name"], "sha256": source.record["sha256"], "split": split,
+           **{key: found[key] for key in ("token_length", "stride", "protocol", "tail")}}  # fmt: skip
+    return {"perplexity": found["perplexity"], "n_tokens": found["n_tokens"]}, how
 
 
 def main(argv=None) -> None:
@@ -224,7 +230,6 @@ def main(argv=None) -> None:
     if not (args.prune_method or args.eval):
         parser.error("nothing to do: give --prune_method, --eval, or both")
     base = assets.resolve_model("tiny_llama" if args.model == "auto" else args.model, args.data_dir, args.source)
-    directory = base.path
     if args.prune_method:
         pattern = one_shot.parse_pattern(args.sparsity_type, args.block_size)
         args.sparsity_ratio = pattern.sparsity or args.sparsity_ratio
@@ -242,9 +247,9 @@ def main(argv=None) -> None:
         if not 2 <= args.seqlen <= longest:
             raise UserError(f"--seqlen {args.seqlen}: this {shape.model.config.model_type} model has {longest} positions")
         args.batch_size = max(1, TOKENS_A_BATCH // args.seqlen)
-        directory = prune(args, base, data.load_tokenizer(base.path, shape.model.config), shape, device)
-    if args.eval:
-        evaluate(directory, args, device)
+        prune(args, base, data.load_tokenizer(base.path, shape.model.config), shape, device)
+    else:
+        evaluate(base.path, args, device)
 
 
 if __name__ == "__main__":

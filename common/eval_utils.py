@@ -344,6 +344,7 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
 
 # How a table shows what `measure_classifiers` returns: (key, label, text of a value, whether a ratio to the first says more).
 ROWS = [
+    ("perplexity", "perplexity", lambda v: f"{v:.2f}", True),
     ("accuracy", "accuracy", lambda v: f"{v:.4f}", False),
     ("f1", "F1", lambda v: f"{v:.4f}", False),
     ("sparsity_asked", "sparsity asked", lambda v: f"{v:.4f}", False),
