@@ -5,8 +5,9 @@
     python 7_evaluate_and_generate_report.py --runs out/qat/0a4e1d05 out/prune/1c505b2d
 
 Reads records, histories and models, and changes none of them. Each model is measured in a fresh process: accuracy, F1,
-confusion matrix, calibration error (arXiv 1706.04599, eq. 3), size, MACs, latency. A figure that differs from the run's record
-is flagged. Runs that failed or were interrupted are listed as such; what cannot be read is skipped, and that is said.
+confusion matrix, calibration error (arXiv 1706.04599, eq. 3); of causal LMs perplexity, as their record says it was measured;
+size, MACs, latency. A figure that differs from the run's record is flagged. Runs that failed or were interrupted are listed as
+such; what cannot be read is skipped, and that is said.
 
 Writes report/index.html (one file, no network), report/report.md and report/summary.csv. What they show, flags, metrics:
 docs/7_evaluate_and_generate_report.md.
@@ -30,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from common import eval_utils, fetch, report, runs
-from common.remeasure import CALIBRATION_BINS, remeasure
+from common.remeasure import CALIBRATION_BINS, remeasure, remeasure_lm
 from common.report import Cell
 from common.runs import UserError, read_json, write_atomic
 
@@ -46,6 +47,7 @@ COLUMNS = [  # key of a measurement, label, text of a value
     ("accuracy", "accuracy", lambda v: f"{v:.4f}"),
     ("f1", "F1", lambda v: f"{v:.4f}"),
     ("calibration_error", "calibration error", lambda v: f"{v:.4f}"),
+    ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
     ("n", "n", str),
     ("parameters", "parameters", lambda v: f"{v / 1e6:.2f} M"),
     ("bytes", "bytes", lambda v: f"{v / 1e6:.1f} MB"),
@@ -53,7 +55,8 @@ COLUMNS = [  # key of a measurement, label, text of a value
     ("latency_ms", "latency", lambda v: f"{v:.1f} ms"),
     ("single_latency_ms", "one example", lambda v: f"{v:.2f} ms"),
 ]
-EXACT = ("accuracy", "f1", "parameters", "bytes", "macs_per_example")  # what has to be as recorded
+EXACT = ("accuracy", "f1", "perplexity", "parameters", "bytes", "macs_per_example")  # what has to be as recorded
+OF_DATA = ("accuracy", "f1", "perplexity")  # of these, what part of the data would change
 
 
 # ------------------------------------------------------------------------------------------------------------ what is there
@@ -82,9 +85,10 @@ def find_runs(args) -> tuple[list[dict[str, Any]], list[str]]:
     return found, skipped
 
 
-def task_of(record: dict, data_dir: Path) -> Path:
-    """The prepared task that a run was judged on, found by its hash. UserError where it is not there any more."""
+def data_of(record: dict, data_dir: Path) -> Path:
+    """The prepared task, or text, that a run was judged on, found by its hash. UserError where it is not there any more."""
     wanted = {asset["sha256"] for asset in record["config"].get("assets", [])}
+    wanted = {record["evaluation"]["sha256"]} if "evaluation" in record else wanted
     for manifest in sorted(data_dir.glob("*/manifest.json")):
         if fetch.digest(read_json(manifest).get("splits", {})) in wanted:
             return manifest.parent
@@ -94,7 +98,8 @@ def task_of(record: dict, data_dir: Path) -> Path:
 
 def final_metrics(record: dict) -> dict[str, Any]:
     """What a record says of its own model: the last column of its table that is a directory of transformers."""
-    return next((values for name, values in reversed(record.get("metrics", {}).items()) if name != "onnx"), {})
+    columns = [(name, values) for name, values in record.get("metrics", {}).items() if isinstance(values, dict)]
+    return next((values for name, values in reversed(columns) if name != "onnx"), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------- measured
@@ -107,12 +112,20 @@ def measure_all(found: list[dict], args, skipped: list[str]) -> None:
     for run in tqdm([r for r in found if r["record"]["status"] == "finished"], "measuring", leave=False):
         record = run["record"]
         try:
-            if not (run["dir"] / "model" / "config.json").exists():
-                raise UserError(f"{run['dir'] / 'model'}: the record says finished, and there is no model")
-            student = Path(record["student_dir"]) if Path(record.get("student_dir", "none there")).exists() else None
-            length, task_dir = record["config"].get("max_length", 128), task_of(record, args.data_dir)
+            model_dir = Path(record.get("model_dir") or run["dir"] / "model")
+            if not (model_dir / "config.json").exists():
+                raise UserError(f"{model_dir}: the record says finished, and there is no model")
+            before = record.get("student_dir") or record.get("dense_dir", "none there")
+            before = Path(before) if "metrics" in record and Path(before).exists() else None
+            if str(read_json(model_dir / "config.json").get("architectures")).endswith("ForCausalLM']"):
+                how = record.get("evaluation")
+                what = (remeasure_lm, model_dir, data_of(record, args.data_dir) if how else None, how, before, settings)
+            else:
+                before = before if "student_dir" in record else None
+                what = (remeasure, model_dir, data_of(record, args.data_dir), record["config"].get("max_length", 128), before,
+                        settings)  # fmt: skip
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-                run["measured"] = fresh.submit(remeasure, run["dir"] / "model", task_dir, length, student, settings).result()
+                run["measured"] = fresh.submit(*what).result()
         except Exception as error:  # one bad model must not cost the report of the others
             skipped.append(f"{run['name']}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
@@ -121,10 +134,10 @@ def measure_all(found: list[dict], args, skipped: list[str]) -> None:
 
 def differences(recorded: dict, measured: dict, args) -> list[str]:
     """Figures of the record that were not measured again, one line each."""
-    exact = [key for key in EXACT if key in recorded and key in measured and (args.validation_fraction == 1 or
-                                                                            key not in ("accuracy", "f1"))]  # fmt: skip
+    exact = [key for key in EXACT if key in recorded and key in measured]
+    exact = [key for key in exact if args.validation_fraction == 1 or key not in OF_DATA]
     found = [f"{key} {measured[key]:.6g}, recorded {recorded[key]:.6g}" for key in exact
-             if abs(measured[key] - recorded[key]) > 1e-9 * max(1, abs(recorded[key]))]  # fmt: skip
+             if abs(measured[key] - recorded[key]) > (1e-4 if key == "perplexity" else 1e-9) * max(1, abs(recorded[key]))]
     if recorded.get("latency_ms") and (args.latency_batch, args.latency_length) == (32, 64):
         ratio = measured["latency_ms"] / recorded["latency_ms"]
         if max(ratio, 1 / ratio) > args.latency_tolerance:
@@ -135,15 +148,20 @@ def differences(recorded: dict, measured: dict, args) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------ drawn
 
 
-def frontier(found: list[dict], key: str, label: str, scale: float) -> str:
+def frontier(found: list[dict], quality: str, key: str, label: str, scale: float) -> str:
+    """One chart of `quality` against `key`, of the runs that have it; nothing where none has."""
+    found = [r for r in found if quality in r["measured"]]
+    if not found:
+        return ""
     figure, axes = report.new_figure()
     for i, experiment in enumerate(sorted({r["dir"].parent.name for r in found})):
         some = [r["measured"] for r in found if r["dir"].parent.name == experiment]
-        x, y = [m[key] / scale for m in some], [m["accuracy"] for m in some]
+        x, y = [m[key] / scale for m in some], [m[quality] for m in some]
         axes.scatter(x, y, label=experiment, color=f"C{i}", s=26, alpha=0.8)
-    axes.set(xlabel=label, ylabel="accuracy", xlim=(0, None))
+    axes.set(xlabel=label, ylabel=quality, xlim=(0, None))
+    axes.margins(y=0.1)
     axes.legend(frameon=False)
-    return report.chart(figure, f"frontier-{key}", f"Accuracy against {label}, one point a model.")
+    return report.chart(figure, f"frontier-{quality}-{key}", f"{quality.capitalize()} against {label}, one point a model.")
 
 
 def curves(run: dict) -> str:
@@ -182,10 +200,25 @@ def heat_map(run: dict) -> str:
     return report.chart(figure, f"{run['name']}-left".replace("/", "-"), "What is left of each layer; brighter is more of it.")
 
 
+def zeros_map(run: dict) -> str:
+    """The share of zeros in each projection of each layer of a causal LM, where there are any."""
+    zeros = np.array(run["measured"]["zeros"]).T  # (projections, layers)
+    if not zeros.any() or "label_names" in run["measured"]:
+        return ""
+    figure, axes = report.new_figure(5.2, 2.6)
+    axes.imshow(zeros, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.grid(False)
+    for y, x in np.ndindex(*zeros.shape) if zeros.shape[1] <= 16 else ():
+        ink = "black" if zeros[y, x] > 0.6 else "white"
+        axes.text(x, y, f"{zeros[y, x]:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    axes.set(xticks=range(zeros.shape[1]), yticks=range(len(zeros)), yticklabels=run["measured"]["projections"], xlabel="layer")
+    return report.chart(figure, f"{run['name']}-zeros".replace("/", "-"), "Share of zeros; brighter is more.")
+
+
 def histograms(run: dict) -> str:
     figure, axes = report.new_figure(4.4, 2.6)
     for name, values in sorted(run["measured"]["histograms"].items()):
-        axes.stairs(values["density"], values["edges"], label=f"{name} quantisation" if name == "before" else "as stored")
+        axes.stairs(values["density"], values["edges"], label="before" if name == "before" else "as stored")
     axes.set(xlabel="weight / root mean square of its matrix", ylabel="density")
     axes.legend(frameon=False)
     return report.chart(figure, f"{run['name']}-weights".replace("/", "-"), "Attention and FFN weights.")
@@ -218,10 +251,10 @@ def details(run: dict, target: Path) -> str:
         parts.append(report.html_table(eval_utils.comparison(record["metrics"]), sorts=False))
     charts = curves(run)
     if measured:
-        charts += heat_map(run) + histograms(run)
-        names = measured["label_names"]
-        rows = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, measured["confusion"], strict=True))]
-        charts += f"<div><h3>Confusion, n = {measured['n']}</h3>{report.html_table(rows, sorts=False)}</div>"
+        charts += heat_map(run) + zeros_map(run) + histograms(run)
+        names, confusion = measured.get("label_names", []), measured.get("confusion", [])
+        rows = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion, strict=True))]
+        charts += f"<div><h3>Confusion, n = {measured['n']}</h3>{report.html_table(rows, sorts=False)}</div>" if names else ""
         rows = [["layer", "bits a weight"], *([i, f"{bits:.2f}"] for i, bits in enumerate(measured["bits"]))]
         charts += f"<div><h3>On disk</h3>{report.html_table(rows, sorts=False)}</div>"
     return f"<details open><summary>{html.escape(run['name'])}: {html.escape(record['status'])}</summary>{''.join(parts)}" \
@@ -239,7 +272,7 @@ def build(found: list[dict], skipped: list[str], args) -> tuple[str, str, str]:
     settings = (f"Latency: a batch of {args.latency_batch} and of one example, {args.latency_length} tokens, fp32, median. "
                 f"A calibration error is in {CALIBRATION_BINS} bins.")  # fmt: skip
     axes = (("bytes", "megabytes on disk", 1e6), ("latency_ms", "latency in ms", 1.0))
-    charts = "".join(frontier(measured, *what) for what in axes) if measured else ""
+    charts = "".join(frontier(measured, quality, *what) for quality in ("accuracy", "perplexity") for what in axes)
     parts = ["<h1>Compressed models</h1>", f"<p class='bad'>{note}</p>" if note else "",
              f"<p>{len(found)} runs, {len(measured)} models measured again. {settings}</p>",
              report.html_table(rows), f"<div class='charts'>{charts}</div>"]  # fmt: skip

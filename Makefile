@@ -33,4 +33,7 @@ results: environment
 	$(PYTHON) benchmarks/pruning_frontier.py
 	$(PYTHON) benchmarks/qat_overhead.py
 	$(PYTHON) benchmarks/qat_accuracy.py
+	$(PYTHON) benchmarks/perplexity.py
+	$(PYTHON) benchmarks/one_shot.py
+	$(PYTHON) benchmarks/streaming_memory.py
 	$(PYTHON) benchmarks/update_readme.py

@@ -2,7 +2,7 @@
 
     python main_block.py --prune_method kfac --sparsity_type block --block_size 16 --sparsity_ratio 0.2 --eval
     python main_block.py --model M --prune_method wanda --sparsity_type 2:4 --save out/m/pruned_model
-    python main_block.py --model out/m/pruned_model --eval --eval_zero_shot
+    python main_block.py --model out/m/pruned_model --eval --eval_zero_shot --kernel
     python main_block.py --fast --prune_method kfac                      a quarter of the calibration text
 
 Methods: magnitude; wanda (arXiv 2306.11695); sparsegpt (arXiv 2301.00774); kfac, this repository's own. kfac weighs an error by
@@ -19,13 +19,28 @@ goes on at the block where it was. The manual: docs/main_block.md.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
-from common import assets, checkpoint, curvature, data, eval_utils, one_shot, runs, streaming, text, train_utils
+from common import (
+    assets,
+    checkpoint,
+    curvature,
+    data,
+    eval_utils,
+    kernels,
+    one_shot,
+    runs,
+    streaming,
+    text,
+    train_utils,
+    zero_shot,
+)
 from common.one_shot import Problem
 from common.runs import Run, UserError, table
 
@@ -33,7 +48,7 @@ PRESETS = [
     # flag, full, fast, meaning, limits
     ("nsamples", 128, 32, "pieces of calibration text", (1, 10**6)),
     ("seqlen", 0, 0, "tokens of each; 0: the model's positions, at most 2048", (0, 10**6)),
-    ("fisher_samples", 64, 32, "of these, so many are also taken backward, for kfac and --allocation sensitivity", (1, 10**6)),
+    ("fisher_samples", 32, 16, "of these, so many are also taken backward, for kfac and --allocation sensitivity", (1, 10**6)),
     ("sparsity_ratio", 0.5, 0.5, "share of the projections' weights to remove; N:M says it itself", (0, 0.999)),
     ("sparsity_type", "unstructured", "unstructured", "unstructured, block, or N:M such as 2:4"),
     ("block_size", "16", "16", "of --sparsity_type block: 16, or rows x columns such as 32x8"),
@@ -45,15 +60,15 @@ PRESETS = [
      train_utils.PRECISIONS),
 ]
 SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "resume", "seed", "device", "dry_run")
-NO_RESULT = (*runs.NO_RESULT, "calibration", "save", "eval", "eval_text", "token_length", "stride", "ppl_protocol")
+NO_RESULT = (*runs.NO_RESULT, "calibration", "save", "eval", "eval_text", "token_length", "stride", "ppl_protocol",
+             "eval_zero_shot", "tasks", "include", "include_path", "limit", "kernel")  # fmt: skip
 TOKENS_A_BATCH = 4096
-#  method: (its own update, whether Wanda's comparison within a row)
-METHODS = {"magnitude": "none", "wanda": "none", "sparsegpt": "obs", "kfac": "refit"}
+METHODS = {"magnitude": "none", "wanda": "none", "sparsegpt": "obs", "kfac": "refit"}  # and their own updates
 
 
 def prune_weight(weight, moment, fisher, method: str, update: str, pattern, sparsity: float) -> torch.Tensor:
     """The pruned weight (out, in). moment: (in, in), or (in,) where only the inputs' norms are needed; fisher: kfac's."""
-    problem = Problem(weight, moment, fisher) if "kfac" in method or update == "refit" else None
+    problem = Problem(weight, moment, fisher) if method == "kfac" or update == "refit" else None
     if method == "sparsegpt":
         pruned, keep = one_shot.sparsegpt(weight, moment, pattern, sparsity)
         if update == "obs":
@@ -133,14 +148,16 @@ def allocate(lm, samples, args, pattern, run) -> dict[str, float]:
         return runs.read_json(folder / "shares.json")
     shares = uniform
     if args.prune_method == "kfac" or args.allocation == "sensitivity":
-        some = samples[: args.fisher_samples]
+        some, scored = samples[: args.fisher_samples], pattern if args.allocation == "sensitivity" else None
         with tqdm(total=2 * len(lm), desc="curvature", leave=False, disable=None) as bar:
-            curves = curvature.fisher_sweep(lm, some, args.batch_size, args.seed, folder, pattern, args.offload_activations,
-                                            lambda _: bar.update())  # fmt: skip
+            curves = curvature.fisher_sweep(lm, some, args.batch_size, args.seed, folder, args.offload_activations,
+                                            scored, lambda _: bar.update())  # fmt: skip
         if args.allocation == "sensitivity":
             shares = curvature.sensitivity_allocation(curves, sizes, args.sparsity_ratio, args.allocation_limit)
-    elif args.allocation == "owl":
-        outliers = curvature.outlier_shares(lm, lm.embed(samples, args.batch_size))
+    if args.allocation == "owl":
+        hidden = lm.embed(samples, args.batch_size, run.dir / "activations" if args.offload_activations else None)
+        outliers = curvature.outlier_shares(lm, hidden)
+        hidden.drop()
         of_blocks = curvature.owl_allocation(outliers, args.sparsity_ratio, min(args.allocation_limit, curvature.OWL_LIMIT))
         shares = {lm.names[p]: share for block, share in zip(lm.blocks, of_blocks, strict=True) for p in block.projections}
     runs.write_atomic(folder / "shares.json", json.dumps(shares))
@@ -161,14 +178,21 @@ calibration  {source.record["name"]}: {args.nsamples} x {args.seqlen} of {len(st
 pruning      {args.prune_method}, {pattern}, sparsity {args.sparsity_ratio:g}, {args.allocation}, update {args.update}
 running      {args.precision}, {args.device}, activations {"on disk" if args.offload_activations else "in memory"}
 """, flush=True)
+    if args.dry_run:
+        return
     if args.nsamples * args.seqlen > len(stream):
         print(f"warning: {args.nsamples} x {args.seqlen} tokens are drawn from {len(stream):,}: pieces overlap")
     with Run(args.out_dir, "one_shot", settings, args.run_name, args.resume) as run:
         target = args.save or run.model_dir
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
-        if not (run.finished and target.exists()):
+        there = [stage["asked"] for stage in checkpoint.compression_stages(target)[-1:]] == [run.config]
+        if "metrics" not in run.record or not there:  # not there any more, or that of another run
+            run.record["status"] = "running"
             with run.timed("allocation"):
-                shares = allocate(lm, samples, args, pattern, run)
+                try:
+                    shares = allocate(lm, samples, args, pattern, run)
+                except KeyboardInterrupt:
+                    raise runs.Interrupted(f"The same command starts again: no block was pruned yet ({run.dir})") from None
             with run.timed("pruning"):
                 hidden = lm.embed(samples, args.batch_size, run.dir / "activations" if args.offload_activations else None)
                 records = prune_(lm, hidden, args, pattern, shares, run)
@@ -177,39 +201,80 @@ running      {args.precision}, {args.device}, activations {"on disk" if args.off
                 stage = {"asked": settings, "pattern": str(pattern), "projections": records}
                 parts = [run.dir / "blocks" / f"block-{i}.safetensors" for i in range(len(lm))]
                 streaming.assemble(base.path, parts, target, [*checkpoint.compression_stages(base.path), stage])
-                tokenizer.save_pretrained(target)
             measured = streaming.measured_sparsity(target, [f"{record['name']}.weight" for record in records])
             found = {"sparsity_asked": args.sparsity_ratio, "sparsity": measured, "bytes": eval_utils.directory_bytes(target)}
             run.record |= {"metrics": {"dense": {"bytes": eval_utils.directory_bytes(base.path)}, "pruned": found},
                            "projections": records, "dense_dir": base.path, "model_dir": target}  # fmt: skip
-            checkpoint.drop(run.dir / "blocks", run.dir / "curvature", run.dir / "activations")
+            run.save()  # an evaluation that is killed does not take the pruning with it
+        checkpoint.drop(run.dir / "blocks", run.dir / "curvature", run.dir / "activations")
         if args.eval:
             for name, directory in (("dense", base.path), ("pruned", target)):
                 print(f"\n{name}: {directory}")
                 found, run.record["evaluation"] = evaluate(directory, args, device)
                 run.record["metrics"][name] |= found
             run.save()
+        if args.tasks or args.kernel:
+            run.record |= beyond_perplexity(target, args, device)
+            run.save()
     print("", table(eval_utils.comparison(run.record["metrics"])), sep="\n")
     seconds = "   ".join(f"{phase} {seconds:.1f} s" for phase, seconds in run.record["timings"].items())
     print(f"\n{seconds}\n\nmodel   {target}\nrecord  {run.dir / 'run.json'}")
 
 
-def evaluate(directory: Path, args, device) -> tuple[dict, dict]:
-    """Perplexity of a model directory on a text's test split, with the console of the guide; and how it was measured."""
-    model = checkpoint.load_causal_lm(directory).to(device)
-    tokenizer = data.load_tokenizer(directory, model.config)
+def eval_stream(args, model, tokenizer):
+    """What --eval is of: its text and split, the tokens, the length of a window. UserError for what this model cannot take."""
     source = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)
     split = "test" if "test" in source.record["splits"] else "validation"
-    print(f"📖 Loading {source.record['name']} {split} set...")
     stream = text.token_stream(source.path, split, tokenizer, "blank" if args.ppl_protocol == "wanda" else "eos")
     length = args.token_length or min(2048, data.n_positions(model.config) or 2048)
-    print(f"📏 Sequence length: {len(stream)}")
+    eval_utils.check_perplexity(model, stream, length, args.stride or length, None, args.ppl_protocol)
+    return source, split, stream, length
+
+
+def evaluate(directory: Path, args, device) -> tuple[dict, dict]:
+    """Perplexity of a model directory on a text's test split, with the console of the guide; and how it was measured."""
+    outline = checkpoint.outline(directory, AutoModelForCausalLM)
+    source, split, stream, length = eval_stream(args, outline, data.load_tokenizer(directory, outline.config))
+    print(f"📖 Loading {source.record['name']} {split} set...\n📏 Sequence length: {len(stream)}")
+    if args.dry_run:
+        return {}, {}
+    model = checkpoint.load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
     found = eval_utils.evaluate_perplexity(model, stream, length, args.stride or None, protocol=args.ppl_protocol,
                                            progress="🧮 Computing perplexity")  # fmt: skip
     print(f"✅ Perplexity: {found['perplexity']:.2f}   ({found['n_tokens']:,} tokens in windows of {length})")
     how = {"text": source.record["name"], "sha256": source.record["sha256"], "split": split,
-           **{key: found[key] for key in ("token_length", "stride", "protocol", "tail")}}  # fmt: skip
+           "dtype": str(model.dtype), **{k: found[k] for k in ("token_length", "stride", "protocol", "tail")}}  # fmt: skip
     return {"perplexity": found["perplexity"], "n_tokens": found["n_tokens"]}, how
+
+
+def beyond_perplexity(directory: Path, args, device) -> dict:
+    """Zero-shot accuracies of a model directory, and what the device's sparse kernels make of its patterns."""
+    found = {}
+    if args.tasks:
+        model = checkpoint.load_causal_lm(directory).to(device)
+        tokenizer = data.load_tokenizer(directory, model.config)
+        found["zero_shot"] = zero_shot.evaluate(model, tokenizer, args.tasks, args.include, args.limit)
+        rows = [[task, *(f"{values[key]:.4f}" for key in ("acc", "acc_stderr")), values["n"]]
+                for task, values in found["zero_shot"].items()]  # fmt: skip
+        print("", table([["zero-shot", "accuracy", "standard error", "n"], *rows]), sep="\n")
+    if args.kernel:
+        found["kernels"] = kernels.measure(directory, device)
+        print("", table(kernels.rows_of(found["kernels"])), kernels.conclusion(found["kernels"]), sep="\n")
+    return found
+
+
+def check_save(save: Path, base: Path) -> None:
+    """UserError where --save would replace what no such script made, or cannot be written."""
+    place = save.resolve()
+    if base.resolve().is_relative_to(place):
+        raise UserError(f"--save {save}: would replace the model that is pruned, {base}. Name another directory")
+    if place.exists() and not (place / "compression.json").is_file() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"--save {save}: is there, and holds no compressed model. Name another directory")
+    parent = next(folder for folder in place.parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError(f"--save {save}: {parent} cannot be written ({error.strerror}). Name another directory") from None
 
 
 def main(argv=None) -> None:
@@ -223,12 +288,25 @@ def main(argv=None) -> None:
     parser.add_argument("--token_length", type=int, default=0, help="of --eval; 0: the model's positions, at most 2048 [0]")
     parser.add_argument("--stride", type=int, default=0, help="of --eval's windows; 0: --token_length [0]")
     parser.add_argument("--ppl_protocol", default="tokens", choices=eval_utils.PROTOCOLS, help="[tokens]")
+    parser.add_argument("--eval_zero_shot", nargs="*", metavar="TASK", help="accuracy on tasks of lm-evaluation-harness, "
+                        "or news_choice, which needs no hub [the field's seven]")  # fmt: skip
+    parser.add_argument("--include_path", type=Path, help="folder with YAML files of tasks of your own")
+    parser.add_argument("--limit", type=int, help="questions of each task [all]")
+    parser.add_argument("--kernel", action="store_true", help="time the device's sparse kernel, where there is one")
     args = parser.parse_args(argv)
     runs.quiet_transformers()
     device = runs.resolve_device(args.device)
+    torch.set_float32_matmul_precision("highest")  # second moments and what is solved with them are not for TF32
     args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
-    if not (args.prune_method or args.eval):
-        parser.error("nothing to do: give --prune_method, --eval, or both")
+    args.tasks = [] if args.eval_zero_shot is None else args.eval_zero_shot or list(zero_shot.DEFAULT_TASKS)
+    if not (args.prune_method or args.eval or args.tasks or args.kernel):
+        parser.error("nothing to do: give --prune_method, --eval, --eval_zero_shot or --kernel")
+    made = [zero_shot.offline_task(task, args.data_dir, args.source, args.seed) for task in args.tasks]
+    args.include = [path for path in (args.include_path, *made) if path]
+    if args.tasks:
+        zero_shot.load_tasks(args.tasks, args.include)  # refused now, and not when all is pruned
+    if args.save and not args.prune_method:
+        parser.error("--save: is of --prune_method, and nothing is pruned")
     base = assets.resolve_model("tiny_llama" if args.model == "auto" else args.model, args.data_dir, args.source)
     if args.prune_method:
         pattern = one_shot.parse_pattern(args.sparsity_type, args.block_size)
@@ -247,9 +325,17 @@ def main(argv=None) -> None:
         if not 2 <= args.seqlen <= longest:
             raise UserError(f"--seqlen {args.seqlen}: this {shape.model.config.model_type} model has {longest} positions")
         args.batch_size = max(1, TOKENS_A_BATCH // args.seqlen)
-        prune(args, base, data.load_tokenizer(base.path, shape.model.config), shape, device)
+        tokenizer = data.load_tokenizer(base.path, shape.model.config)
+        if args.save:
+            check_save(args.save, base.path)
+        if args.eval:
+            eval_stream(args, shape.model, tokenizer)  # refused now, and not when all is pruned
+        prune(args, base, tokenizer, shape, device)
     else:
-        evaluate(base.path, args, device)
+        if args.eval:
+            evaluate(base.path, args, device)
+        if not args.dry_run:
+            beyond_perplexity(base.path, args, device)
 
 
 if __name__ == "__main__":

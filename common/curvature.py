@@ -19,6 +19,7 @@ from common.streaming import Activations, StreamedLM, write_tensors
 
 FULL_FISHER = 8192  # projections of more outputs than this get the diagonal of their Fisher matrix only
 OWL_LIMIT = 0.08  # the paper's lambda
+LOGITS_AT_ONCE = 2**26  # numbers, of which there are several copies; of 128k words that is 512 tokens
 QUANTILES = 1024  # of a projection's scores, kept to choose its sparsity by
 
 
@@ -73,13 +74,14 @@ def output_gradients(block: Block, fishers: dict[nn.Linear, torch.Tensor]):
             handle.remove()
 
 
-def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: int, directory: Path, pattern: Pattern,
-                 on_disk: bool, done: Callable[[str], None]) -> dict[str, torch.Tensor]:  # fmt: skip
+def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: int, directory: Path, on_disk: bool,
+                 pattern: Pattern | None, done: Callable[[str], None]) -> dict[str, torch.Tensor]:  # fmt: skip
     """One forward and one backward of the dense model, block by block: `fisher-<i>.safetensors` in `directory`.
 
     The Fisher matrix of a projection is the second moment, a token, of the gradients at its outputs of the KL divergence of
     the model's predictions from their own (importance.curvature_seed: no label is used). Returned, by the projection's name,
-    are the quantiles (QUANTILES,) of what its weights (or blocks) cost in nats each, by `one_shot.obs_scores`.
+    are the quantiles (QUANTILES,) of what its weights (or blocks) cost in nats each, by `one_shot.obs_scores`; without a
+    `pattern` none.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = [lm.embed(samples, batch_size, directory / "states-0" if on_disk else None)]
@@ -91,17 +93,21 @@ def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: i
         inputs.append(following)
         done("forward")
     grads = Activations(directory / "gradients" if on_disk else None)
+    at_once = max(1, LOGITS_AT_ONCE // (batch_size * lm.model.config.vocab_size))
     for b in range(len(inputs[-1])):
-        states = inputs[-1][b].to(lm.device).clone().requires_grad_()
-        logits = lm.logits(samples[b * batch_size : (b + 1) * batch_size], states)  # (B, T, V)
-        start = curvature_seed(logits.detach(), logits.detach(), 1.0, generator)
-        grads.append(torch.autograd.grad(logits, states, start)[0])
+        ids, parts = samples[b * batch_size : (b + 1) * batch_size], []
+        for part in range(0, ids.shape[1], at_once):  # what follows the last block knows no other token
+            states = inputs[-1][b][:, part : part + at_once].to(lm.device).clone().requires_grad_()
+            logits = lm.logits(ids[:, part : part + at_once], states)  # (B, at_once, V)
+            start = curvature_seed(logits.detach(), logits.detach(), 1.0, generator)
+            parts.append(torch.autograd.grad(logits, states, start)[0])
+        grads.append(torch.cat(parts, 1))
     curves, n_tokens = {}, samples.numel()
     for i in reversed(range(len(lm))):
         with lm.loaded(i) as block:
             fishers = {linear: torch.zeros((n, n) if n <= FULL_FISHER else (n,), device=lm.device)
                        for linear in block.projections for n in [linear.out_features]}  # fmt: skip
-            with input_moments(block) as grams, output_gradients(block, fishers):
+            with input_moments(block, pattern is not None) as grams, output_gradients(block, fishers):
                 for b in range(len(grads)):
                     states = inputs[i][b].to(lm.device).clone().requires_grad_()
                     with torch.enable_grad():
@@ -109,7 +115,8 @@ def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: i
                     grads[b] = torch.autograd.grad(output, states, grads[b].to(lm.device))[0]
             for linear, fisher in fishers.items():
                 fisher /= n_tokens
-                curves[lm.names[linear]] = score_quantiles(linear.weight, grams[linear], fisher, pattern)
+                if pattern is not None:
+                    curves[lm.names[linear]] = score_quantiles(linear.weight, grams[linear], fisher, pattern)
             write_tensors(directory / f"fisher-{i}.safetensors", {lm.names[linear]: f for linear, f in fishers.items()})
         inputs.pop().drop()
         done("backward")
@@ -137,19 +144,22 @@ def sensitivity_allocation(curves: dict[str, torch.Tensor], sizes: dict[str, int
     """
     logs = {name: curve.double().clamp_min(1e-30).log() for name, curve in curves.items()}
     low, high = torch.stack([*logs.values()]).aminmax()
-    total = sum(sizes.values())
+    high = high + 1  # above all, so that everything could go
+    most = max(sparsity, min(sparsity + limit, 0.99))
 
     def at(threshold: torch.Tensor) -> dict[str, float]:
         shares = {name: float(torch.searchsorted(curve, threshold)) / len(curve) for name, curve in logs.items()}
-        return {name: min(max(share, sparsity - limit, 0.0), sparsity + limit, 0.99) for name, share in shares.items()}
+        return {name: min(max(share, sparsity - limit, 0.0), most) for name, share in shares.items()}
+
+    def mean(shares: dict[str, float]) -> float:
+        return sum(share * sizes[name] for name, share in shares.items()) / sum(sizes.values())
 
     for _ in range(60):
         middle = (low + high) / 2
-        removed = sum(share * sizes[name] for name, share in at(middle).items()) / total
-        low, high = (middle, high) if removed < sparsity else (low, middle)
-    shares = at(high)
-    excess = sum(share * sizes[name] for name, share in shares.items()) / total - sparsity
-    return {name: min(1.0, max(0.0, share - excess)) for name, share in shares.items()}  # what the quantiles' steps left over
+        low, high = (middle, high) if mean(at(middle)) < sparsity else (low, middle)
+    less, more = at(low), at(high)  # one step of the quantiles apart, or many where scores are equal: between them it is exact
+    part = (sparsity - mean(less)) / max(mean(more) - mean(less), 1e-12)
+    return {name: less[name] + part * (more[name] - less[name]) for name in curves}
 
 
 @torch.no_grad()
@@ -171,11 +181,11 @@ def outlier_shares(lm: StreamedLM, hidden: Activations) -> list[float]:
 def owl_allocation(outliers: list[float], sparsity: float, limit: float = OWL_LIMIT) -> list[float]:
     """OWL (arXiv 2310.05175): blocks with more outliers among their Wanda scores are pruned less, by `limit` at most.
 
-    outliers: the share of scores above 5 times the mean, a block. The mean over blocks is `sparsity`.
+    outliers: the share of scores above 5 times the mean, a block. The mean over blocks is `sparsity`. The paper scales the
+    outliers to a range of twice the limit before it centres them, and so leaves the limit where they are skewed; here the
+    furthest one is at the limit, or where the least or the greatest sparsity is.
     """
     ratios = torch.tensor(outliers, dtype=torch.float64)
-    spread = ratios.max() - ratios.min()
-    if spread == 0:
-        return [sparsity] * len(outliers)
-    scaled = (ratios - ratios.min()) / spread * 2 * limit  # the paper's: from 0 to twice the limit, then centred
-    return [min(1.0, max(0.0, float(s))) for s in sparsity - (scaled - scaled.mean())]
+    centred = ratios - ratios.mean()
+    scale = min(limit, sparsity, 1 - sparsity) / centred.abs().max().clamp_min(1e-9)
+    return (sparsity - scale * centred).tolist()

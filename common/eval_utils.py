@@ -111,7 +111,7 @@ def evaluate_perplexity(model, tokens, token_length: int = 2048, stride: int | N
     stride, device = token_length if stride is None else stride, model.device
     precision = resolve_precision(precision, device)
     tokens = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
-    _check_perplexity(model, tokens, token_length, stride, batch_size, protocol)
+    check_perplexity(model, tokens, token_length, stride, batch_size, protocol)
     batch_size = batch_size or max(1, TOKENS_A_FORWARD // token_length)
     runs = _windows(len(tokens), token_length, stride, protocol != "wanda")
     n_windows = sum(len(starts) for starts, _, _ in runs)
@@ -134,6 +134,11 @@ def evaluate_perplexity(model, tokens, token_length: int = 2048, stride: int | N
     return {"perplexity": perplexity, "nll": float(total), "n_tokens": n_tokens, "n_windows": n_windows,
             "token_length": token_length, "stride": stride, "protocol": protocol,
             "tail": "dropped" if protocol == "wanda" else "kept"}  # fmt: skip
+
+
+def scoring_dtype(device: torch.device) -> torch.dtype | None:
+    """In what a model is loaded to be scored: fp32 on CPUs, so that no rounding depends on the processor, else as stored."""
+    return torch.float32 if device.type == "cpu" else None
 
 
 def _windows(n: int, token_length: int, stride: int, keep_tail: bool) -> list[tuple[range, int, int]]:
@@ -163,7 +168,8 @@ def _token_losses(model, ids: torch.Tensor, first: int) -> torch.Tensor:
     return losses
 
 
-def _check_perplexity(model, tokens, token_length: int, stride: int, batch_size: int | None, protocol: str) -> None:
+def check_perplexity(model, tokens, token_length: int, stride: int, batch_size: int | None, protocol: str) -> None:
+    """UserError for what `evaluate_perplexity` cannot evaluate. The model may be on the meta device."""
     config, n, extremes = model.config, len(tokens), [0]
     family_of(config)  # of others it is not known whether the head alone makes the logits
     head = model.get_output_embeddings()

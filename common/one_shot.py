@@ -13,8 +13,10 @@ import re
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear  # of what is symmetric: linear(a, b) = a b, by the faster of the CPU's libraries
 
 from common.runs import UserError
+from common.train_utils import OneDNNLinear
 
 DAMPING = 0.01  # of the mean of the diagonal of a gram, added to it: SparseGPT's
 FISHER_DAMPING = 0.1  # the same of a Fisher matrix, which is seen through fewer tokens
@@ -209,17 +211,16 @@ class Problem:
         elif fisher is not None:
             self.rows = (fisher + fisher_damping * fisher.mean().clamp_min(1e-30)).sqrt()
         self.weight = self.rows[:, None] * weight * self.columns
-        self.eigen = None
 
     def apply(self, change: torch.Tensor) -> torch.Tensor:
         """F D H: half the gradient of the objective at W + D."""
-        change = change @ self.gram
-        return change if self.fisher is None else self.fisher @ change
+        change = linear(change, self.gram)
+        return change if self.fisher is None else linear(change.T, self.fisher).T
 
     def back(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled / self.rows[:, None] / self.columns
 
-    def masks(self, pattern: Pattern, sparsity: float, iterations: int = 40, penalty: float = 0.03, growth: float = 1.12
+    def masks(self, pattern: Pattern, sparsity: float, iterations: int = 30, penalty: float = 0.03, growth: float = 1.165
               ) -> torch.Tensor:  # fmt: skip
         """The mask that ADMM settles on (ALPS, arXiv 2406.07831, here with both Kronecker factors): (out, in) bool.
 
@@ -227,45 +228,42 @@ class Problem:
         the pattern, while the penalty on their difference grows. Every other weight makes good for those that are about to go
         before it is decided which go, and what is cut can come back.
         """
-        if self.eigen is None:
-            values, vectors = torch.linalg.eigh(self.gram)
-            fisher_values, fisher_vectors = torch.linalg.eigh(self.fisher) if self.fisher is not None else (None, None)
-            self.eigen = values, vectors, fisher_values, fisher_vectors
-        values, vectors, fisher_values, fisher_vectors = self.eigen
-        products = values if fisher_values is None else fisher_values[:, None] * values
-        cut, dual = self.weight, torch.zeros_like(self.weight)
-        keep = None
-        for _ in range(iterations):
-            wanted = (cut - dual - self.weight) @ vectors
-            wanted = wanted if fisher_vectors is None else fisher_vectors.T @ wanted
-            change = wanted * (penalty / (products + penalty))
-            change = change if fisher_vectors is None else fisher_vectors @ change
-            fitted = self.weight + change @ vectors.T
-            target = fitted + dual
-            squares = target.square()
-            keep = keep_mask(block_sums(squares, pattern) if pattern.kind == "block" else squares, pattern, sparsity)
-            cut = target * keep
-            dual = target - cut
-            penalty *= growth
-            dual /= growth
+        values, vectors = torch.linalg.eigh(self.gram)
+        columns = vectors.T.contiguous()
+        if self.fisher is not None:
+            of_rows, rows = torch.linalg.eigh(self.fisher)
+            values, rows_back = of_rows[:, None] * values, rows.T.contiguous()
+        cut, dual, keep = self.weight, torch.zeros_like(self.weight), None
+        with OneDNNLinear(), torch.no_grad():
+            for _ in range(iterations):
+                change = linear(cut - dual - self.weight, columns)
+                if self.fisher is not None:
+                    change = linear(change.T, rows_back).T
+                change = change * (penalty / (values + penalty))
+                if self.fisher is not None:
+                    change = linear(change.T, rows).T
+                target = self.weight + linear(change, vectors) + dual
+                squares = target.square()
+                keep = keep_mask(block_sums(squares, pattern) if pattern.kind == "block" else squares, pattern, sparsity)
+                cut = target * keep
+                penalty, dual = penalty * growth, (target - cut) / growth
         return keep
 
-    def refit(self, keep: torch.Tensor, iterations: int = 60) -> torch.Tensor:
+    def refit(self, keep: torch.Tensor, iterations: int = 40) -> torch.Tensor:
         """The best weights (out, in) that are zero where `keep` is not: conjugate gradients on the kept ones.
 
         Each row is a problem of its own, unless the Fisher couples them. No step waits for the device; an iteration costs two
         products of matrices, so real widths take no cubic solve.
         """
         dims = 1 if self.fisher is None else (0, 1)
-        change = torch.where(keep, 0.0, -self.weight)
-        residual = torch.where(keep, -self.apply(change), 0.0)
-        direction = residual
-        size = residual.square().sum(dims, keepdim=True)
-        for _ in range(iterations):
-            product = torch.where(keep, self.apply(direction), 0.0)
-            step = size / (direction * product).sum(dims, keepdim=True).clamp_min(1e-30)
-            change = change + step * direction
-            residual = residual - step * product
-            before, size = size, residual.square().sum(dims, keepdim=True)
-            direction = residual + size / before.clamp_min(1e-30) * direction
+        with OneDNNLinear(), torch.no_grad():
+            change = torch.where(keep, 0.0, -self.weight)
+            residual = torch.where(keep, -self.apply(change), 0.0)
+            direction, size = residual, residual.square().sum(dims, keepdim=True)
+            for _ in range(iterations):
+                product = torch.where(keep, self.apply(direction), 0.0)
+                step = size / (direction * product).sum(dims, keepdim=True).clamp_min(1e-30)
+                change, residual = change + step * direction, residual - step * product
+                before, size = size, residual.square().sum(dims, keepdim=True)
+                direction = residual + size / before.clamp_min(1e-30) * direction
         return self.back(torch.where(keep, self.weight + change, 0.0))

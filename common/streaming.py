@@ -76,22 +76,32 @@ class StreamedLM:
         self.arguments: list[dict[tuple, tuple]] = [{} for _ in self.layers]  # by the shape of the batch
         self.rest = [name for name, _ in self.model.named_parameters() if not name.startswith(tuple(self.prefixes))]
         self.head_loaded = False
+        self._check()
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors of the directory, as they are stored. Files are closed again, so that their pages do not stay mapped."""
-        found, base = {}, self.model.base_model_prefix + "."
-        for name in names:
-            stored = next((n for n in (name, name.removeprefix(base), base + name) if n in self.files), None)
+    def _check(self) -> None:
+        """UserError where a parameter is missing, has another shape than the config says, or is in a damaged file."""
+        of_files: dict[Path, list[tuple]] = {}
+        for name, parameter in self.model.named_parameters():
+            stored = stored_name(name, self.files)
             if stored is None:
                 raise UserError(f"{self.directory}: has no tensor {name}. Expected a causal LM saved by transformers")
-            try:
-                with safe_open(self.files[stored], "pt") as file:
-                    found[name] = file.get_tensor(stored).clone()
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.files[stored]}: not readable ({str(error).splitlines()[0]})") from None
+            of_files.setdefault(self.files[stored], []).append((stored, list(parameter.shape)))
+        for path, tensors in of_files.items():
+            with opened(path) as file:
+                for stored, shape in tensors:
+                    if (found := list(file.get_slice(stored).get_shape())) != shape:
+                        raise UserError(f"{path}: {stored} is {found}, expected {shape} by config.json")
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the directory, as they are stored. Files are closed again, so that their pages do not stay mapped."""
+        found = {}
+        for name in names:
+            stored = stored_name(name, self.files)
+            with opened(self.files[stored]) as file:
+                found[name] = file.get_tensor(stored).clone()
         return found
 
     def _load_rest(self, head: bool) -> None:
@@ -119,10 +129,10 @@ class StreamedLM:
         layer, prefix = self.layers[i], self.prefixes[i]
         names = [prefix + name for name, _ in layer.named_parameters()]
         tensors = self.read(names) if tensors is None else tensors
-        values = {name.removeprefix(prefix): tensors[name].to(self.device, torch.float32) for name in names}
-        layer.load_state_dict(values, assign=True, strict=False)
-        layer.requires_grad_(False).eval()
         try:
+            values = {name.removeprefix(prefix): tensors[name].to(self.device, torch.float32) for name in names}
+            layer.load_state_dict(values, assign=True, strict=False)
+            layer.requires_grad_(False).eval()
             yield self.blocks[i]
         finally:
             layer.to("meta")
@@ -209,6 +219,9 @@ def causal_outline(directory: Path) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: no config.json of a known model ({str(error).splitlines()[0]})") from None
     family_of(config)
+    architecture = (config.architectures or ["no architecture"])[0]
+    if not architecture.endswith("ForCausalLM"):  # BERT's would be loadable as one, with a head made anew
+        raise UserError(f"{directory}: holds {architecture}; expected a causal language model (as LlamaForCausalLM)")
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
@@ -229,9 +242,21 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     path = directory / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{directory}: no model.safetensors (pickled weights are never loaded)")
+    with opened(path) as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def stored_name(name: str, stored: dict[str, Path]) -> str | None:
+    """The name of a causal LM's parameter in its files: checkpoints of base models leave out its first part (`model.`)."""
+    return next((n for n in (name, name.partition(".")[2]) if n in stored), None)
+
+
+@contextmanager
+def opened(path: Path):
+    """A safetensors file to read from. UserError where it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return dict.fromkeys(file.keys(), path)
+            yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not readable ({str(error).splitlines()[0]})") from None
 
@@ -245,42 +270,44 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) -> None:
-    """The model directory `target`: what `source` has besides its weights, the tensors in `parts` (files, which are moved),
-    and from `source` those that no part has. In one file where it is small, else a shard a part; never half of it.
+    """The model directory `target`: what `source` has besides its weights, the tensors in `parts` (files, which stay), and from
+    `source` those that no part has. In one file where it is small, else a shard a part; never half of it.
     """
     beside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # a process was killed between the two renames below
+        os.replace(old, target)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     for file in Path(source).iterdir():
-        goes = matches(file.name, MODEL_FILES) or file.name == "modeling_pruned.py"
+        goes = matches(file.name, (*MODEL_FILES, "modeling_pruned.py", "chat_template*"))
         if file.is_file() and goes and ".safetensors" not in file.name:
             shutil.copyfile(file, beside / file.name)
-    files, done = tensor_files(source), {}
+    files, done = tensor_files(source), set()
     for part in parts:
-        with safe_open(part, "pt") as opened:
-            done |= dict.fromkeys(opened.keys(), part)
+        with opened(part) as file:
+            done |= {stored_name(name, files) for name in file.keys()}  # noqa: SIM118
     rest = {}
     for name, path in files.items():
         if name not in done:
-            with safe_open(path, "pt") as opened:
-                rest[name] = opened.get_tensor(name).clone()
-    total = sum(t.numel() * t.element_size() for t in rest.values()) + sum(part.stat().st_size for part in parts)
-    if total <= SHARD_BYTES:
+            with opened(path) as file:
+                rest[name] = file.get_tensor(name).clone()
+
+    def of_part(part: Path) -> dict[str, torch.Tensor]:
+        with opened(part) as file:
+            return {stored_name(name, files): file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+    if sum(t.numel() * t.element_size() for t in rest.values()) + sum(part.stat().st_size for part in parts) <= SHARD_BYTES:
         for part in parts:
-            with safe_open(part, "pt") as opened:
-                rest |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            rest |= of_part(part)
         write_tensors(beside / "model.safetensors", rest)
     else:
-        n, weights = len(parts) + 1, {}
+        total, weights = 0, {}
         for i, part in enumerate([None, *parts]):
-            shard = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-            if part is None:
-                write_tensors(beside / shard, rest)
-                weights |= dict.fromkeys(rest, shard)
-                continue
-            shutil.copyfile(part, beside / shard)
-            weights |= {name: shard for name, path in done.items() if path == part}
+            tensors, shard = of_part(part) if part else rest, f"model-{i + 1:05d}-of-{len(parts) + 1:05d}.safetensors"
+            write_tensors(beside / shard, tensors)
+            weights |= dict.fromkeys(tensors, shard)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weights}
         write_atomic(beside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     write_atomic(beside / "compression.json", json.dumps({"stages": stages}, indent=2, default=str) + "\n")
@@ -294,7 +321,8 @@ def measured_sparsity(directory: Path, names: list[str]) -> float:
     """Fraction of zeros among the named tensors of a model directory, read one at a time."""
     files, zeros, total = tensor_files(directory), 0, 0
     for name in names:
-        with safe_open(files[name], "pt") as file:
-            tensor = file.get_tensor(name)
+        stored = stored_name(name, files)
+        with opened(files[stored]) as file:
+            tensor = file.get_tensor(stored)
             zeros, total = zeros + int((tensor == 0).sum()), total + tensor.numel()
     return zeros / total

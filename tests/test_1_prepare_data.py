@@ -171,7 +171,7 @@ def test_labels_make_a_task_and_none_make_a_text(main, tmp_path, capsys):
 
 
 def test_a_name_that_is_neither_a_task_nor_a_text(main, tmp_path):
-    with pytest.raises(UserError, match="--task wikitex: not one of sst2, reviews, wikitext2, news, and no such file"):
+    with pytest.raises(UserError, match="--task wikitex: not one of sst2, reviews, wikitext2, news, c4, and no such file"):
         main(["--task", "wikitex", "--data_dir", tmp_path / "data"])
 
 

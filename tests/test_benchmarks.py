@@ -143,3 +143,43 @@ def test_perplexity_of_the_sides_must_agree(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match=r"perplexity .* by evaluate_perplexity"):
         module.main([*small, "--device", "cpu", "--results", tmp_path])
     assert not list(tmp_path.iterdir())
+
+
+def test_streaming_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    module = importlib.import_module("streaming_memory")
+    flags = ["--fast", "--layers", 3, "--nsamples", 4, "--device", "cpu", "--out_dir", tmp_path / "out", "--results", tmp_path]
+    module.main([*flags, "--dtype", "bfloat16"])
+    record = json.loads((tmp_path / "streaming_memory.json").read_text(encoding="utf-8"))
+    (run,) = record["runs"].values()
+    assert run["sparsity"] == 0.5 and "--prune_method wanda --sparsity_type 2:4 --nsamples 4 --seqlen 32" in run["command"]
+    assert run["peak"] > record["imports"] > 50 * 2**20 and record["tiny_model"] > record["imports"]
+    assert run["share"] == run["peak"] / record["model_bytes"] and run["met"] is False  # of such a model Python is all
+    shown = (tmp_path / "streaming_memory.md").read_text(encoding="utf-8")
+    assert f" {run['share']:.3f} " in shown and "  no |" in shown and "wanda" in capsys.readouterr().out
+
+    work = tmp_path / "out" / "streaming_memory"
+    (folder,) = [path for path in work.glob("llama-*/") if len(list(path.glob("model-*"))) == 4]  # three blocks and the rest
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and sum(p.numel() for p in model.parameters()) == record["parameters"]
+    assert sum(p.numel() * 2 for p in model.parameters()) == record["model_bytes"]
+    assert not list(work.glob("llama-*-wanda")) and not list((work / "runs" / "one_shot").glob("*/"))
+    before = folder.stat().st_mtime_ns, [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    assert module.random_model(work, record["settings"]) == folder  # kept for the next time
+    assert before == (folder.stat().st_mtime_ns, [path.stat().st_mtime_ns for path in sorted(folder.iterdir())])
+
+
+def test_streaming_memory_that_cannot_be_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    module = importlib.import_module("streaming_memory")
+    flags = ["--fast", "--device", "cpu", "--out_dir", tmp_path, "--results", tmp_path]
+    with pytest.raises(UserError, match="--kv_heads 3: expected the one to divide"):
+        module.main([*flags, "--kv_heads", 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
+        with pytest.raises(UserError, match=r"GB are free, expected .* Use another --out_dir"):
+            module.main(flags)
+    with pytest.raises(UserError, match="exit status 1: ZeroDivisionError: division by zero"):
+        module.peak_of([module.sys.executable, "-c", "1 / 0"], tmp_path / "log")
+    grown = module.peak_of([module.sys.executable, "-c", "x = bytearray(200 * 2**20); print(len(x))"], tmp_path / "log")[0]
+    assert 200 * 2**20 < grown < 300 * 2**20

@@ -58,8 +58,8 @@ def test_masks_keep_the_best_of_each_group():
 
 
 @pytest.mark.parametrize(("kind", "block", "pattern"), [
-    ("unstructured", "16", Pattern("unstructured")), ("2:4", "16", Pattern("n:m", 2, 4)), ("block", "16", Pattern("block", 16, 16)),
-    ("block", "32x8", Pattern("block", 32, 8)),
+    ("unstructured", "16", Pattern("unstructured")), ("2:4", "16", Pattern("n:m", 2, 4)),
+    ("block", "16", Pattern("block", 16, 16)), ("block", "32x8", Pattern("block", 32, 8)),
 ])  # fmt: skip
 def test_patterns_are_parsed(kind, block, pattern):
     assert parse_pattern(kind, block) == pattern
@@ -204,7 +204,7 @@ def test_masks_of_admm_are_better_than_wandas(pattern, fisher):
 def test_dead_inputs_and_a_gram_without_rank():
     weight, gram, _ = layer()
     gram[:, 3] = gram[3] = 0
-    pruned, keep = sparsegpt(weight, gram, Pattern("unstructured"), 0.5)
+    pruned, _ = sparsegpt(weight, gram, Pattern("unstructured"), 0.5)
     assert pruned.isfinite().all()
     assert (pruned[:, 3] == 0).all()
     flat = torch.ones(32, 32)  # rank one: the factorisation needs its damping

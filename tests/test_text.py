@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import itertools
 import json
@@ -118,7 +119,7 @@ def test_rows_of_a_labelled_task_will_do(tmp_path):
 @pytest.mark.parametrize(
     "task, options, message",
     [
-        ("nothing", {}, "--task nothing: not wikitext2 or news, and no such file or folder"),
+        ("nothing", {}, "--task nothing: not wikitext2 or news or c4, and no such file or folder"),
         ("news", {"text_column": "x"}, "are for a --task PATH"),
         ("news", {"local_dir": "x"}, "--local_dir: is for --task wikitext2, not for --task news"),
         ("wikitext2", {"local_dir": "x", "source": "hub"}, "not for --task wikitext2 --source hub"),
@@ -303,6 +304,63 @@ def test_the_real_news(real_news):
     bodies = [{tables.text_key(document.split("\n")[-1]) for document in part} for part in found.values()]
     assert not any(a & b for a, b in ((bodies[0], bodies[1]), (bodies[0], bodies[2]), (bodies[1], bodies[2])))
     assert real_news.record["form"] == "raw"
+
+
+# -------------------------------------------------------------------------------------------------------------------- C4
+
+
+@pytest.fixture
+def c4(tmp_path, monkeypatch):
+    """The client answers with a snapshot of C4 of 30 and 20 documents, of which 25 and 12 are taken."""
+    folder, asked = tmp_path / "rev4", []
+    for split, n in (("train", 30), ("validation", 20)):
+        shard = folder / text.C4_SHARDS[split][0]
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"text": f"{split} {i}\né" if i else "", "url": "u"}, ensure_ascii=False) for i in range(n)]
+        shard.write_bytes(gzip.compress("\n".join(rows).encode()))
+    (folder / "README.md").write_text("---\nlicense:\n- odc-by\n---\n", encoding="utf-8")
+    counts = {"train": 25, "validation": 12}
+    monkeypatch.setattr(text, "C4_SHARDS", {split: (text.C4_SHARDS[split][0], n) for split, n in counts.items()})
+
+    def snapshot_download(name, repo_type, allow_patterns):
+        asked.append((name, repo_type, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return folder, asked
+
+
+def test_c4_from_the_hub(tmp_path, c4):
+    path, record = prepare_text("c4", tmp_path / "data")
+    shards = ["en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"]
+    assert c4[1] == [("allenai/c4", "dataset", [*shards, "README.md"])]
+    assert path == tmp_path / "data" / "c4"
+    assert (record["source"], record["revision"], record["licence"]) == ("hub", "rev4", "odc-by")
+    assert record["form"] == "raw" and "train: the first 25 documents of en/c4-train.00000-of-01024.json.gz" in record["notes"]
+    found = texts_of(path)
+    assert found == {"train": [f"train {i}\né" for i in range(1, 25)],
+                     "validation": [f"validation {i}\né" for i in range(1, 12)]}  # fmt: skip
+    assert not prepare_text("c4", tmp_path / "data").record["fresh"] and len(c4[1]) == 1
+    assert {"train: 1 rows without a text dropped", "validation: 1 rows without a text dropped"} < set(record["notes"])
+    with pytest.raises(UserError, match="wikitext-2-raw-v1: no such file or folder"):  # auto does not take what is there
+        prepare_text("auto", tmp_path / "data", source="hub")
+
+
+def test_c4_that_cannot_be_had(tmp_path, c4):
+    folder, _ = c4
+    with pytest.raises(UserError, match="c4 is not prepared, and --source wheel does not give it"):
+        prepare_text("c4", tmp_path / "data", source="wheel")
+    with pytest.raises(UserError, match="--local_dir: is for --task wikitext2, not for --task c4"):
+        prepare_text("c4", tmp_path / "data", local_dir=folder)
+    shard = folder / text.C4_SHARDS["train"][0]
+    for content in (gzip.compress(b'{"text": "a"}\n{"words": 1}'), shard.read_bytes()[:-20], b"no gzip"):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"00000-of-01024.json.gz: not JSON lines with a text, compressed by gzip"):
+            prepare_text("c4", tmp_path / "data")
+    shard.unlink()
+    with pytest.raises(UserError, match=r"Tried: hub, allenai/c4: it has no c4-train.00000-of-01024.json.gz"):
+        prepare_text("c4", tmp_path / "data")
+    assert not (tmp_path / "data" / "c4").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- token streams
