@@ -5,11 +5,12 @@
     python main_block.py --model out/m/pruned_model --eval --eval_zero_shot --kernel
     python main_block.py --fast --prune_method kfac                      a quarter of the calibration text
 
-Methods: magnitude; wanda (arXiv 2306.11695); sparsegpt (arXiv 2301.00774); kfac, this repository's own. kfac weighs an error by
-what it does to the model's predictions and not to a projection's outputs: with the second moments of inputs and of the loss's
-gradients (one backward of the dense model), masks by ADMM (arXiv 2406.07831), the kept weights refitted by conjugate gradients,
-and every projection's sparsity where one threshold on all costs puts it. Blocks are loaded, pruned and written one at a time,
-each seeing what the pruned ones before it give: a model larger than memory is pruned. N:M means N of M weights stay.
+Methods: magnitude; wanda (arXiv 2306.11695); sparsegpt (arXiv 2301.00774); admm (as ALPS, arXiv 2406.07831: masks by ADMM, the
+kept weights refitted by conjugate gradients); kfac, this repository's own. kfac does what admm does, and weighs an error by
+what it does to the model's predictions instead of to a projection's outputs: with the second moments of inputs and of the
+loss's gradients (one backward of the dense model), and every projection as sparse as one threshold on all costs makes it.
+Blocks are loaded, pruned and written one at a time, each seeing what the pruned ones before it give: a model larger than memory
+is pruned. N:M means N of M weights stay.
 
 Reads a model directory (default: assets/tiny_llama) and text (1_prepare_data.py; prepares what is missing). Writes the model
 where --save says (default: out/one_shot/<run>/model), which stock transformers loads, and run.json. Killed? The same command
@@ -63,17 +64,17 @@ SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "re
 NO_RESULT = (*runs.NO_RESULT, "calibration", "save", "eval", "eval_text", "token_length", "stride", "ppl_protocol",
              "eval_zero_shot", "tasks", "include", "include_path", "limit", "kernel")  # fmt: skip
 TOKENS_A_BATCH = 4096
-METHODS = {"magnitude": "none", "wanda": "none", "sparsegpt": "obs", "kfac": "refit"}  # and their own updates
+METHODS = {"magnitude": "none", "wanda": "none", "sparsegpt": "obs", "admm": "refit", "kfac": "refit"}  # and their updates
 
 
 def prune_weight(weight, moment, fisher, method: str, update: str, pattern, sparsity: float) -> torch.Tensor:
     """The pruned weight (out, in). moment: (in, in), or (in,) where only the inputs' norms are needed; fisher: kfac's."""
-    problem = Problem(weight, moment, fisher) if method == "kfac" or update == "refit" else None
+    problem = Problem(weight, moment, fisher) if method in ("admm", "kfac") or update == "refit" else None
     if method == "sparsegpt":
         pruned, keep = one_shot.sparsegpt(weight, moment, pattern, sparsity)
         if update == "obs":
             return pruned
-    elif method == "kfac":
+    elif method in ("admm", "kfac"):
         keep = problem.masks(pattern, sparsity)
     elif method == "wanda":
         squares = moment.diagonal() if moment.ndim == 2 else moment
@@ -316,7 +317,7 @@ def main(argv=None) -> None:
         if pattern.sparsity and args.allocation != "uniform":
             raise UserError(f"--allocation {args.allocation}: every projection has the sparsity of {pattern}. Use uniform")
         args.update = METHODS[args.prune_method] if args.update == "auto" else args.update
-        args.full_moments = args.prune_method in ("sparsegpt", "kfac") or args.update != "none"
+        args.full_moments = args.prune_method in ("sparsegpt", "admm", "kfac") or args.update != "none"
         shape = streaming.StreamedLM(base.path, device, args.precision)
         for linear, name in shape.names.items():
             one_shot.check_shape(pattern, tuple(linear.weight.shape), name)

@@ -185,7 +185,8 @@ def prune(method: str, model: Path, text: Path, args) -> dict:
         sparsity = streaming.measured_sparsity(target, names)
     finally:
         checkpoint.drop(target, *(work / "runs" / "one_shot").glob(f"{target.name}*"))
-    return {"command": shlex.join(["python", *command]), "peak": peak, "seconds": round(seconds, 1),
+    shown = shlex.join(["python", *command]).replace(f"{work}/", "").replace(f"{work}\\", "")
+    return {"command": shown, "peak": peak, "seconds": round(seconds, 1),
             "sparsity": sparsity, "timings": timings}  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """The script as a user meets it: what it prunes and saves, what happens when it is killed, and what it refuses."""
 
+import csv
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import main_block
 from common import checkpoint, curvature, eval_utils, runs, streaming, text
 from common.runs import REPOSITORY, read_json
+from tests.test_8_pruning_with_finetuning import load_script
 from tests.test_streaming import all_tensors, cut, edit_config, one_thread, random_lm, rename  # noqa: F401
 
 VOCABULARY = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -236,7 +239,7 @@ def test_every_update_goes_with_every_mask(method, kind, base, tiny, tmp_path):
     error = {update: found[first]["error"] for update, (_, found) in made.items()}
     if method != "kfac":  # its refit weighs the outputs by their gradients
         assert error["refit"] <= error["obs"] * 1.001
-    if method == "kfac" or method == "sparsegpt":  # the others measured theirs by the diagonal alone
+    if method in ("kfac", "admm", "sparsegpt"):  # the others measured theirs by the diagonal alone
         assert error["obs"] < error["none"]
 
 
@@ -244,7 +247,8 @@ def test_the_methods_own_update_is_the_default(base, tmp_path):
     own = {method: run([*base, "--prune_method", method], tmp_path / method)[1]["config"] for method in main_block.METHODS}
     assert {method: config["update"] for method, config in own.items()} == main_block.METHODS
     found = {method: config["allocation"] for method, config in own.items()}
-    assert found == {"magnitude": "uniform", "wanda": "uniform", "sparsegpt": "uniform", "kfac": "sensitivity"}
+    assert found == {"magnitude": "uniform", "wanda": "uniform", "sparsegpt": "uniform", "admm": "uniform",
+                     "kfac": "sensitivity"}
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "kfac"])
@@ -694,3 +698,30 @@ def test_importing_has_no_side_effect(tmp_path):
     done = subprocess.run([sys.executable, "-c", "import main_block"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(REPOSITORY)})  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- in the report
+
+
+def test_the_report_measures_it_as_it_was_recorded(base, tiny, tmp_path, capsys):
+    folder, record = run([*base, "--prune_method", "wanda", "--eval", "--token_length", 48], tmp_path / "out")
+    seven = load_script(REPOSITORY / "7_evaluate_and_generate_report.py")
+    argv = ["--out_dir", tmp_path / "out", "--data_dir", tiny / "data", "--report_dir", tmp_path / "report", "--device", "cpu",
+            "--latency_seconds", 0, "--latency_batch", 2, "--latency_length", 16]  # fmt: skip
+    seven.main(argv)
+    with open(tmp_path / "report" / "summary.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["perplexity"]) == pytest.approx(record["metrics"]["pruned"]["perplexity"], rel=1e-6)
+    assert int(row["n"]) == record["metrics"]["pruned"]["n_tokens"] and not row["differences"] and not row["accuracy"]
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Perplexity against megabytes on disk" in page and "Accuracy against" not in page
+    assert "Share of zeros" in page and "down_proj" in page and ">0.50</text>" in page  # half of every projection is gone
+    record["metrics"]["pruned"]["perplexity"] *= 1.01
+    runs.write_atomic(folder / "run.json", json.dumps(record))
+    capsys.readouterr()
+    seven.main(argv)
+    assert "differs: one_shot/" in capsys.readouterr().out
+    seven.main([*argv, "--fast"])
+    with open(tmp_path / "report" / "summary.csv", newline="") as file:
+        (part,) = csv.DictReader(file)
+    assert int(part["n"]) < int(row["n"]) and not part["differences"]
