@@ -37,7 +37,7 @@ from common.runs import UserError, read_json, write_atomic
 
 PRESETS = [
     # flag, full, fast, meaning, limits
-    ("validation_fraction", 1.0, 0.25, "share of the validation set that models are measured on", (1e-6, 1)),
+    ("validation_fraction", 1.0, 0.25, "share of the validation set, or text, that models are measured on", (1e-6, 1)),
     ("latency_seconds", 3.0, 0.5, "seconds of timing for each model and batch size", (0, 3600)),
     ("latency_batch", 32, 32, "examples of the batch that is timed, beside one alone", (1, 10**6)),
     ("latency_length", 64, 64, "tokens of each", (3, 10**6)),
