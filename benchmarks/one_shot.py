@@ -24,6 +24,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
@@ -44,34 +47,45 @@ CASES = {
     "unstructured, 80 %": (["--sparsity_ratio", "0.8"], "sparsegpt", 0.75),
 }
 METHODS = ("magnitude", "wanda", "sparsegpt", "admm", OWN)
+ONCE = ("magnitude", "admm")  # shown beside the others, and no target's: with the first draw
 OTHERS = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
 LLMCOMPRESSOR = "llmcompressor==0.14.0.1"
 TIMES = {"wanda": 1 / 3, OWN: 3.0}  # of sparsegpt's time, at most
 
 
-def run(case: str, method: str, seed: int, args) -> dict:
+def run(case: str, method: str, seed: int, args, dense: float) -> dict:
     """One run of main_block.py as a row."""
     command = ["--prune_method", method, *CASES[case][0], "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen),
-               "--seed", str(seed), "--eval"]  # fmt: skip
-    texts = ["--calibration", args.text, "--eval_text", args.text] if args.text != "auto" else []
+               "--seed", str(seed)]  # fmt: skip
     places = ["--model", args.model, "--data_dir", str(args.data_dir), "--out_dir", str(args.out_dir)]
     name = f"{method}-{case.replace(' ', '').replace(',', '-').replace(':', '-').replace('%', '')}-seed{seed}"
     print(f"$ python main_block.py {shlex.join(command)}", flush=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main_block.main([*command, *texts, *places, "--run_name", name, "--resume", "never"])
+        main_block.main([*command, *places, "--calibration", args.text, "--run_name", name, "--resume", "never"])
     record = read_json(args.out_dir / "one_shot" / name / "run.json")
-    return row(case, method, seed, f"python main_block.py {shlex.join(command)}", record["metrics"],
-               sum(record["timings"][phase] for phase in ("allocation", "pruning")))  # fmt: skip
+    found = score(Path(record["model_dir"]), args)
+    seconds = sum(record["timings"][phase] for phase in ("allocation", "pruning"))
+    return row(case, method, seed, f"python main_block.py {shlex.join(command)}", found,
+               record["metrics"]["pruned"]["sparsity"], dense, seconds)  # fmt: skip
 
 
-def row(case: str, method: str, seed: int, command: str, metrics: dict, seconds: float | None) -> dict:
-    dense, pruned = metrics["dense"]["perplexity"], metrics["pruned"]["perplexity"]
-    found = {"case": case, "method": method, "seed": seed, "command": command, "perplexity": pruned, "dense_perplexity": dense,
-             "excess": math.log(pruned / dense), "sparsity": metrics["pruned"]["sparsity"], "seconds": seconds,
-             "n_tokens": metrics["pruned"]["n_tokens"]}  # fmt: skip
-    print(f"  perplexity {pruned:.2f}, dense {dense:.2f}, excess {found['excess']:.4f}"
+def score(directory: Path, args) -> dict:
+    """Perplexity of a model directory on the text's test split, as main_block.py --eval has it."""
+    model = checkpoint.load_causal_lm(directory, eval_utils.scoring_dtype(torch.device("cpu")))
+    folder = text.prepare_text(args.text, args.data_dir).path
+    stream = text.token_stream(folder, "test", AutoTokenizer.from_pretrained(directory))
+    return eval_utils.evaluate_perplexity(model, stream, min(2048, data.n_positions(model.config) or 2048))
+
+
+def row(case: str, method: str, seed: int, command: str, found: dict, sparsity: float, dense: float,
+        seconds: float | None) -> dict:  # fmt: skip
+    pruned = found["perplexity"]
+    made = {"case": case, "method": method, "seed": seed, "command": command, "perplexity": pruned, "dense_perplexity": dense,
+            "excess": math.log(pruned / dense), "sparsity": sparsity, "seconds": seconds,
+            "n_tokens": found["n_tokens"]}  # fmt: skip
+    print(f"  perplexity {pruned:.2f}, dense {dense:.2f}, excess {made['excess']:.4f}"
           + (f", {seconds:.1f} s" if seconds else ""), flush=True)  # fmt: skip
-    return found
+    return made
 
 
 # ----------------------------------------------------------------------------------------------------------- llm-compressor
@@ -128,12 +142,11 @@ def run_peer(case: str, method: str, seed: int, args, dense: float) -> dict | No
                           capture_output=True, text=True, check=False)  # fmt: skip
     if done.returncode:
         raise UserError(f"llm-compressor failed: {done.stderr.strip().splitlines()[-1]}")
+    tokenizer.save_pretrained(folder / "model")
     model = checkpoint.load_causal_lm(folder / "model")
-    stream = text.token_stream(source.path, "test", tokenizer)
-    found = eval_utils.evaluate_perplexity(model, stream, min(2048, data.n_positions(model.config) or 2048))
     zeros = [(p.weight == 0).float().mean().item() for block in blocks_of(model) for p in block.projections]
-    metrics = {"dense": {"perplexity": dense}, "pruned": {**found, "sparsity": statistics.mean(zeros)}}
-    return row(case, f"llm-compressor {method}", seed, f"{LLMCOMPRESSOR} {OTHERS[method]}", metrics, None)
+    return row(case, f"llm-compressor {method}", seed, f"{LLMCOMPRESSOR} {OTHERS[method]}", score(folder / "model", args),
+               statistics.mean(zeros), dense, None)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------- table
@@ -173,7 +186,7 @@ def tables(record: dict) -> str:
                           f"{wanted:.2f}" if wanted else "", met])  # fmt: skip
     where, some, n = record["environment"], rows[0], len({r["seed"] for r in rows})
     said = (f"Dense perplexity {some['dense_perplexity']:.2f} on {some['n_tokens']:,} tokens of the test split; "
-            f"{record['calibration']} calibration tokens; mean ± standard deviation over {n} draws of them. Excess: "
+            f"{record['calibration']} calibration tokens; mean ± standard deviation over {n} draws of them ({' and '.join(ONCE)}: one). Excess: "
             f"log-perplexity over the dense model's. {where['threads']} threads, {where['cpu']}.")  # fmt: skip
     return f"{text}\n\n{table(lines, markdown=True)}\n\n{said}\n"
 
@@ -193,7 +206,7 @@ def main(argv=None) -> None:
     path = RESULTS.with_suffix(".json")
     old = read_json(path)["runs"] if args.llmcompressor else []
     rows = [r for r in old if not r["method"].startswith("llm-compressor")]
-    dense = rows[0]["dense_perplexity"] if rows else None
+    dense = score(assets.resolve_model(args.model, args.data_dir).path, args)["perplexity"]
 
     def keep():
         record = {"command": "python benchmarks/one_shot.py", "environment": environment(), "runs": rows,
@@ -205,9 +218,9 @@ def main(argv=None) -> None:
     for seed in args.seeds:
         for case in args.cases:
             for method in [m for m in args.methods if not args.llmcompressor or m in OTHERS]:
-                if method == "magnitude" and seed != args.seeds[0]:
-                    continue  # it looks at no calibration text
-                found = run_peer(case, method, seed, args, dense) if args.llmcompressor else run(case, method, seed, args)
+                if method in ONCE and seed != args.seeds[0]:
+                    continue
+                found = (run_peer if args.llmcompressor else run)(case, method, seed, args, dense)
                 rows += [found] if found else []
                 record = keep()
     print(tables(record))
