@@ -186,7 +186,8 @@ def tables(record: dict) -> str:
                           f"{wanted:.2f}" if wanted else "", met])  # fmt: skip
     where, some, n = record["environment"], rows[0], len({r["seed"] for r in rows})
     said = (f"Dense perplexity {some['dense_perplexity']:.2f} on {some['n_tokens']:,} tokens of the test split; "
-            f"{record['calibration']} calibration tokens; mean ± standard deviation over {n} draws of them ({' and '.join(ONCE)}: one). Excess: "
+            f"{record['calibration']} calibration tokens; mean ± standard deviation over {n} draws of them (of "
+            f"{' and '.join(ONCE)} one). Excess: "
             f"log-perplexity over the dense model's. {where['threads']} threads, {where['cpu']}.")  # fmt: skip
     return f"{text}\n\n{table(lines, markdown=True)}\n\n{said}\n"
 

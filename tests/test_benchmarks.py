@@ -183,3 +183,34 @@ def test_streaming_memory_that_cannot_be_measured(tmp_path, monkeypatch):
         module.peak_of([module.sys.executable, "-c", "1 / 0"], tmp_path / "log")
     grown = module.peak_of([module.sys.executable, "-c", "x = bytearray(200 * 2**20); print(len(x))"], tmp_path / "log")[0]
     assert 200 * 2**20 < grown < 300 * 2**20
+
+
+def test_one_shot(tmp_path, monkeypatch, capsys):
+    from tests import test_main_block
+
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    module = importlib.import_module("one_shot")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / "one_shot")
+    test_main_block.save_model(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("\n\n".join(test_main_block.sentences(300)))
+    flags = ["--model", tmp_path / "llama", "--text", tmp_path / "text.txt", "--data_dir", tmp_path / "data", "--out_dir",
+             tmp_path / "out", "--nsamples", 8, "--seqlen", 32, "--cases", "2:4", "unstructured, 80 %"]  # fmt: skip
+    module.main([*flags, "--seeds", 0, 1])
+    record = json.loads((tmp_path / "results" / "one_shot.json").read_text(encoding="utf-8"))
+    assert record["calibration"] == "8 x 32"
+    counts = {method: sum(row["method"] == method for row in record["runs"]) for method in module.METHODS}
+    assert counts == {"magnitude": 2, "wanda": 4, "sparsegpt": 4, "admm": 2, "kfac": 4}
+    for row in record["runs"]:
+        assert row["excess"] == pytest.approx(np.log(row["perplexity"] / row["dense_perplexity"]))
+        assert row["sparsity"] == pytest.approx(0.5 if row["case"] == "2:4" else 0.8, abs=0.01)
+        assert row["seconds"] > 0 and str(tmp_path) not in row["command"]
+    shown = (tmp_path / "results" / "one_shot.md").read_text(encoding="utf-8")
+    assert shown.strip() in capsys.readouterr().out
+
+    def excess(method):
+        return np.mean([row["excess"] for row in record["runs"] if (row["case"], row["method"]) == ("2:4", method)])
+
+    share = excess("kfac") / excess("sparsegpt")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    (line,) = (row for row in cells if row[:2] == ["2:4", "kfac"])
+    assert line[4:] == ["sparsegpt", f"{share:.2f}", "0.8", "yes" if share <= 0.8 else "no"]
