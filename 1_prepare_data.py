@@ -10,7 +10,8 @@
 
 Tasks: `sst2` (exactly 67,349 / 872 rows, or it is refused), `reviews` (critics' sentences, fresh or rotten, no film in two
 splits), or a path: a CSV, TSV, JSONL or Parquet file, or a folder with train, validation and test files; any number of
-classes. Texts: `wikitext2`, `news` (a wheel), or a path without labels: plain text, or a table with a column of texts.
+classes. Texts: `wikitext2`, `news` (a wheel), `c4` (a part), or a path without labels: plain text, or a table with a column
+of texts.
 Models: a directory, a hub name, `distilbert`, `minilm` (a wheel), `tiny_llama` (in this repository), or `none`.
 
 Reads nothing but its sources. Writes data/<task>/ with train.parquet, validation.parquet (columns text and label; of texts

@@ -122,7 +122,7 @@ def prune_(lm, hidden, args, pattern, shares: dict[str, float], run) -> list[dic
                 kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
                 lm.advance(i, hidden)
             runs.write_atomic(path.with_suffix(".json"), json.dumps(of_block))
-            streaming.write_tensors(path, kept)
+            streaming.save_tensors(path, kept)
             records += of_block
             sparsity, error = (sum(r[key] for r in of_block) / len(of_block) for key in ("sparsity", "error"))
             seconds = time.perf_counter() - start

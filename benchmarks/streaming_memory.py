@@ -97,7 +97,7 @@ def random_model(work: Path, settings: dict) -> Path:
         for name, shape in shapes.items():
             values = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
             tensors[name] = values.to(dtype)
-        streaming.write_tensors(folder / file, tensors)
+        streaming.save_tensors(folder / file, tensors)
         weights |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     runs.write_atomic(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=1) + "\n")

@@ -156,8 +156,9 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A safetensors file, written beside and renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
     os.replace(beside, path)
 
 

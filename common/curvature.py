@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from common.blocks import Block
+from common.checkpoint import save_tensors
 from common.importance import curvature_seed
 from common.one_shot import FISHER_DAMPING, Pattern, inverse_of, obs_scores, wanda_scores
-from common.streaming import Activations, StreamedLM, write_tensors
+from common.streaming import Activations, StreamedLM
 
 FULL_FISHER = 8192  # projections of more outputs than this get the diagonal of their Fisher matrix only
 OWL_LIMIT = 0.08  # the paper's lambda
@@ -117,7 +118,7 @@ def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: i
                 fisher /= n_tokens
                 if pattern is not None:
                     curves[lm.names[linear]] = score_quantiles(linear.weight, grams[linear], fisher, pattern)
-            write_tensors(directory / f"fisher-{i}.safetensors", {lm.names[linear]: f for linear, f in fishers.items()})
+            save_tensors(directory / f"fisher-{i}.safetensors", {lm.names[linear]: f for linear, f in fishers.items()})
         inputs.pop().drop()
         done("backward")
     inputs.pop().drop()

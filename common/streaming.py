@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import modeling_pruned, train_utils
 from common.blocks import Block, blocks_of, family_of, layers_of
+from common.checkpoint import save_tensors
 from common.fetch import MODEL_FILES, matches
 from common.runs import UserError, read_json, write_atomic
 
@@ -261,14 +261,6 @@ def opened(path: Path):
         raise UserError(f"{path}: not readable ({str(error).splitlines()[0]})") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
-    os.replace(beside, path)
-
-
 def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) -> None:
     """The model directory `target`: what `source` has besides its weights, the tensors in `parts` (files, which stay), and from
     `source` those that no part has. In one file where it is small, else a shard a part; never half of it.
@@ -300,12 +292,12 @@ def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) 
     if sum(t.numel() * t.element_size() for t in rest.values()) + sum(part.stat().st_size for part in parts) <= SHARD_BYTES:
         for part in parts:
             rest |= of_part(part)
-        write_tensors(beside / "model.safetensors", rest)
+        save_tensors(beside / "model.safetensors", rest)
     else:
         total, weights = 0, {}
         for i, part in enumerate([None, *parts]):
             tensors, shard = of_part(part) if part else rest, f"model-{i + 1:05d}-of-{len(parts) + 1:05d}.safetensors"
-            write_tensors(beside / shard, tensors)
+            save_tensors(beside / shard, tensors)
             weights |= dict.fromkeys(tensors, shard)
             total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weights}

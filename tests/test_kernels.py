@@ -24,7 +24,7 @@ def pruned_dir(folder, pattern, shapes, sparsity=0.5, dtype=torch.float32):
         scores = one_shot.block_sums(squares, parsed) if parsed.kind == "block" else squares
         keep = one_shot.keep_mask(scores, parsed, parsed.sparsity or sparsity + 0.1 * i)
         tensors[f"{name}.weight"] = (weight * keep).to(dtype)
-    streaming.write_tensors(folder / "model.safetensors", tensors | {"model.norm.weight": torch.ones(8)})
+    streaming.save_tensors(folder / "model.safetensors", tensors | {"model.norm.weight": torch.ones(8)})
     stages = [{"target_sparsity": 0.1}, {"pattern": pattern, "projections": [{"name": name} for name in shapes]}]
     runs.write_atomic(folder / "compression.json", json.dumps({"stages": stages}))
     return folder
@@ -122,7 +122,7 @@ def test_what_is_no_pruned_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="names no pattern of zeros"):
         kernels.measure(tmp_path, CPU)
     pruned_dir(tmp_path, "2:4", SHAPES)
-    streaming.write_tensors(tmp_path / "model.safetensors", {"model.norm.weight": torch.ones(8)})
+    streaming.save_tensors(tmp_path / "model.safetensors", {"model.norm.weight": torch.ones(8)})
     with pytest.raises(UserError, match=r"has no tensor model.layers.0.self_attn.q_proj.weight any more"):
         kernels.measure(tmp_path, CPU)
 

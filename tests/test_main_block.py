@@ -389,13 +389,13 @@ def die_at(owner, name, k, after=False):
 
 
 MOMENTS = {  # name -> how to die, blocks that are done by then
-    "in the sweep": (lambda: die_at(curvature, "write_tensors", 2), 0),
+    "in the sweep": (lambda: die_at(curvature, "save_tensors", 2), 0),
     "after the sweep": (lambda: die_at(curvature, "sensitivity_allocation", 1, after=True), 0),
     "in block 1": (lambda: die_at(main_block, "prune_weight", 4), 0),
-    "block 1 half kept": (lambda: die_at(streaming, "write_tensors", 1), 0),
-    "after block 1": (lambda: die_at(streaming, "write_tensors", 1, after=True), 1),
+    "block 1 half kept": (lambda: die_at(streaming, "save_tensors", 1), 0),
+    "after block 1": (lambda: die_at(streaming, "save_tensors", 1, after=True), 1),
     "in block 3": (lambda: die_at(main_block, "prune_weight", 17), 2),
-    "while writing": (lambda: die_at(streaming, "write_tensors", 4, after=True), 3),
+    "while writing": (lambda: die_at(streaming, "save_tensors", 4, after=True), 3),
     "written, not measured": (lambda: die_at(streaming, "measured_sparsity", 1), 3),
     "finished, not marked so": (lambda: die_at(checkpoint, "drop", 1), None),
     "blocks removed, not marked so": (lambda: die_at(checkpoint, "drop", 1, after=True), None),

@@ -318,7 +318,7 @@ def write_parts(lm, folder, change=lambda name, tensor: tensor * 0.5):
         with lm.loaded(i):
             tensors = {n: (change(n, t) if n in projections else t).to(dtypes[n]) for n, t in lm.tensors(i).items()}
         parts.append(folder / "blocks" / f"block-{i}.safetensors")
-        streaming.write_tensors(parts[-1], tensors)
+        streaming.save_tensors(parts[-1], tensors)
     return parts, projections
 
 
@@ -455,7 +455,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     parts, _ = write_parts(StreamedLM(source, CPU), tmp_path)
     target.mkdir()
     (target / "config.json").write_text("old")
-    monkeypatch.setattr(streaming, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(streaming, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         streaming.assemble(source, parts, target, [])
     assert (target / "config.json").read_text() == "old" and [path.name for path in target.iterdir()] == ["config.json"]

@@ -13,8 +13,8 @@ from tests.test_8_pruning_with_finetuning import load_script
 from tests.test_main_block import sentences
 
 SMALL = ["--num_epochs", 2, "--batch_size", 4, "--token_length", 32, "--vocab_size", 300, "--hidden_size", 32,
-         "--num_layers", 1, "--intermediate_size", 48, "--num_heads", 4, "--num_kv_heads", 2, "--n_evaluations", 4, "--save_every", 3,
-         "--precision", "32", "--device", "cpu"]  # fmt: skip
+         "--num_layers", 1, "--intermediate_size", 48, "--num_heads", 4, "--num_kv_heads", 2, "--n_evaluations", 4,
+         "--save_every", 3, "--precision", "32", "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture
