@@ -56,7 +56,7 @@ PRESETS = [
     ("allocation", "auto", "auto", "of sparsity to projections; auto: sensitivity for kfac, else uniform",
      ("auto", "uniform", "owl", "sensitivity")),
     ("update", "auto", "auto", "of the kept weights; auto: the method's own", ("auto", "none", "obs", "refit")),
-    ("allocation_limit", 0.2, 0.2, "no projection's sparsity is further from --sparsity_ratio", (0, 1)),
+    ("allocation_limit", 0.08, 0.08, "no projection's sparsity is further from --sparsity_ratio", (0, 1)),
     ("precision", "auto", "auto", "of the forwards; auto: fp16 on CUDA, bf16 on CPUs that have it, else 32",
      train_utils.PRECISIONS),
 ]

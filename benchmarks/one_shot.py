@@ -1,7 +1,7 @@
 """Methods of main_block.py against each other: what each pattern costs the tiny LM, on the same calibration tokens.
 
     python benchmarks/one_shot.py                              the table: six cases, five methods, three draws
-    python benchmarks/one_shot.py --cases "2:4" --seeds 0      a part of it
+    python benchmarks/one_shot.py --cases "2:4" --seeds 0      a part of it (with --add beside what is there)
     python benchmarks/one_shot.py --llmcompressor              llm-compressor's Wanda and SparseGPT beside what is there
 
 Every run is `main_block.py` in this one process, with 128 x 512 calibration tokens of the news articles; the seed draws them.
@@ -126,7 +126,7 @@ def run_peer(case: str, method: str, seed: int, args, dense: float) -> dict | No
     flags = CASES[case][0]
     if "block" in flags:
         return None
-    sparsity, structure = (0.5, "2:4") if "2:4" in flags else (float(flags[-1]), "unstructured")
+    sparsity, structure = (0.5, "2:4") if "2:4" in flags else (float(flags[-1]), "0:0")
     base = assets.resolve_model(args.model, args.data_dir)
     tokenizer = data.load_tokenizer(base.path, checkpoint.load_causal_lm(base.path).config)
     source = text.prepare_text(args.text, args.data_dir)
@@ -202,14 +202,14 @@ def main(argv=None) -> None:
     parser.add_argument("--nsamples", type=int, default=128, help="[128]")
     parser.add_argument("--seqlen", type=int, default=512, help="[512]")
     parser.add_argument("--llmcompressor", action="store_true", help="its methods; ours are taken from the JSON")
+    parser.add_argument("--add", action="store_true", help="keep the rows of the JSON that are not measured again")
     parser.add_argument("--peer", type=Path, help="an environment that has llm-compressor [made below --out_dir]")
     args = parser.parse_args(argv)
     path = RESULTS.with_suffix(".json")
-    old = read_json(path)["runs"] if args.llmcompressor else []
-    rows = [r for r in old if not r["method"].startswith("llm-compressor")]
+    rows = read_json(path)["runs"] if args.add or args.llmcompressor else []
     dense = score(assets.resolve_model(args.model, args.data_dir).path, args)["perplexity"]
 
-    def keep():
+    def keep(rows):
         record = {"command": "python benchmarks/one_shot.py", "environment": environment(), "runs": rows,
                   "calibration": f"{args.nsamples} x {args.seqlen}"}  # fmt: skip
         write_atomic(path, json.dumps(record, indent=1) + "\n")
@@ -222,8 +222,10 @@ def main(argv=None) -> None:
                 if method in ONCE and seed != args.seeds[0]:
                     continue
                 found = (run_peer if args.llmcompressor else run)(case, method, seed, args, dense)
-                rows += [found] if found else []
-                record = keep()
+                if found:
+                    key = (case, found["method"], seed)
+                    rows = [r for r in rows if (r["case"], r["method"], r["seed"]) != key] + [found]
+                record = keep(rows)
     print(tables(record))
 
 
