@@ -7,6 +7,7 @@ or on disk). The blocks are called with the arguments that the model's own forwa
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from common.fetch import MODEL_FILES, matches
 from common.runs import UserError, read_json, write_atomic
 
 SHARD_BYTES = 2 * 2**30  # a model of at most so many bytes is written as one file
+PORTION = 2**25  # numbers of what is no block that are copied at once
 
 
 class Activations:
@@ -143,8 +145,13 @@ class StreamedLM:
 
     def stored(self, i: int) -> dict[str, torch.dtype]:
         """How the directory stores the parameters of block `i`, by their full names."""
-        names = [self.prefixes[i] + name for name, _ in self.layers[i].named_parameters()]
-        return {name: tensor.dtype for name, tensor in self.read(names).items()}
+        found = {}
+        for name, _ in self.layers[i].named_parameters():
+            name = self.prefixes[i] + name
+            stored = stored_name(name, self.files)
+            with opened(self.files[stored]) as file:
+                found[name] = file.get_slice(stored)[:0].dtype
+        return found
 
     @contextmanager
     def _stubs(self, stub_of):
@@ -279,27 +286,32 @@ def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) 
     for part in parts:
         with opened(part) as file:
             done |= {stored_name(name, files) for name in file.keys()}  # noqa: SIM118
-    rest = {}
+    rest: dict[Path, list[str]] = {}  # what no part has, by its file
     for name, path in files.items():
         if name not in done:
+            rest.setdefault(path, []).append(name)
+    sources = [*rest.items(), *((part, None) for part in parts)]
+
+    def tensors_of(path: Path, names: list[str] | None, file) -> dict[str, torch.Tensor]:
+        return {stored_name(name, files): file.get_tensor(name) for name in names or file.keys()}
+
+    if sum(path.stat().st_size for path in {*files.values()}) <= SHARD_BYTES:
+        whole = {}
+        for path, names in sources:
             with opened(path) as file:
-                rest[name] = file.get_tensor(name).clone()
-
-    def of_part(part: Path) -> dict[str, torch.Tensor]:
-        with opened(part) as file:
-            return {stored_name(name, files): file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-
-    if sum(t.numel() * t.element_size() for t in rest.values()) + sum(part.stat().st_size for part in parts) <= SHARD_BYTES:
-        for part in parts:
-            rest |= of_part(part)
-        save_tensors(beside / "model.safetensors", rest)
-    else:
+                whole |= {name: tensor.clone() for name, tensor in tensors_of(path, names, file).items()}
+        save_tensors(beside / "model.safetensors", whole)
+    else:  # one at a time, and each large tensor of what is no block on its own: nothing larger than a block is held
+        sources = [(path, part) for path, names in sources for part in ([names] if names is None else _portions(path, names))]
         total, weights = 0, {}
-        for i, part in enumerate([None, *parts]):
-            tensors, shard = of_part(part) if part else rest, f"model-{i + 1:05d}-of-{len(parts) + 1:05d}.safetensors"
-            save_tensors(beside / shard, tensors)
-            weights |= dict.fromkeys(tensors, shard)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        for i, (path, names) in enumerate(sources):
+            shard = f"model-{i + 1:05d}-of-{len(sources):05d}.safetensors"
+            with opened(path) as file:
+                tensors = tensors_of(path, names, file)  # mapped, not copied
+                save_tensors(beside / shard, tensors)
+                weights |= dict.fromkeys(tensors, shard)
+                total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                del tensors
         index = {"metadata": {"total_size": total}, "weight_map": weights}
         write_atomic(beside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     write_atomic(beside / "compression.json", json.dumps({"stages": stages}, indent=2, default=str) + "\n")
@@ -307,6 +319,20 @@ def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) 
         os.replace(target, old)
     os.replace(beside, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _portions(path: Path, names: list[str]) -> list[list[str]]:
+    """Names of a file's tensors in lists of at most PORTION numbers each, or of one tensor that is larger."""
+    portions, size = [[]], 0
+    with opened(path) as file:
+        for name in names:
+            n = math.prod(file.get_slice(name).get_shape())
+            if portions[-1] and size + n > PORTION:
+                portions.append([])
+                size = 0
+            portions[-1].append(name)
+            size += n
+    return portions
 
 
 def measured_sparsity(directory: Path, names: list[str]) -> float:
