@@ -198,6 +198,7 @@ running      {args.precision}, {args.device}, activations {"on disk" if args.off
                 hidden = lm.embed(samples, args.batch_size, run.dir / "activations" if args.offload_activations else None)
                 records = prune_(lm, hidden, args, pattern, shares, run)
                 hidden.drop()
+                lm.release()
             with run.timed("writing"):
                 stage = {"asked": settings, "pattern": str(pattern), "projections": records}
                 parts = [run.dir / "blocks" / f"block-{i}.safetensors" for i in range(len(lm))]

@@ -139,6 +139,10 @@ class StreamedLM:
         finally:
             layer.to("meta")
 
+    def release(self) -> None:
+        """Let go of the embeddings and all else that was loaded. Nothing runs after that."""
+        self.model.to("meta")
+
     def tensors(self, i: int) -> dict[str, torch.Tensor]:
         """The parameters of block `i`, which is loaded, by their full names."""
         return {self.prefixes[i] + name: parameter.data for name, parameter in self.layers[i].named_parameters()}
@@ -302,13 +306,18 @@ def assemble(source: Path, parts: list[Path], target: Path, stages: list[dict]) 
                 whole |= {name: tensor.clone() for name, tensor in tensors_of(path, names, file).items()}
         save_tensors(beside / "model.safetensors", whole)
     else:  # one at a time, and each large tensor of what is no block on its own: nothing larger than a block is held
-        sources = [(path, part) for path, names in sources for part in ([names] if names is None else _portions(path, names))]
+        kept = {path: sum(other == path for other in files.values()) == len(names) for path, names in rest.items()}  # as it is
+        sources = [(path, part) for path, names in sources
+                   for part in (_portions(path, names) if names and not kept[path] else [names])]  # fmt: skip
         total, weights = 0, {}
         for i, (path, names) in enumerate(sources):
             shard = f"model-{i + 1:05d}-of-{len(sources):05d}.safetensors"
             with opened(path) as file:
-                tensors = tensors_of(path, names, file)  # mapped, not copied
-                save_tensors(beside / shard, tensors)
+                tensors = tensors_of(path, names, file)  # mapped, and read only when they are used
+                if kept.get(path):
+                    shutil.copyfile(path, beside / shard)
+                else:
+                    save_tensors(beside / shard, tensors)
                 weights |= dict.fromkeys(tensors, shard)
                 total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
                 del tensors
