@@ -123,6 +123,7 @@ def prune_(lm, hidden, args, pattern, shares: dict[str, float], run) -> list[dic
                 lm.advance(i, hidden)
             runs.write_atomic(path.with_suffix(".json"), json.dumps(of_block))
             streaming.save_tensors(path, kept)
+            del kept, old, new, moments, moment, fisher, fishers  # a block's worth, beside the next one
             records += of_block
             sparsity, error = (sum(r[key] for r in of_block) / len(of_block) for key in ("sparsity", "error"))
             seconds = time.perf_counter() - start
