@@ -116,7 +116,7 @@ def prune_(lm, hidden, args, pattern, shares: dict[str, float], run) -> list[dic
                     old = linear.weight.data
                     new = prune_weight(old, moment, fisher, args.prune_method, args.update, pattern, shares[name])
                     linear.weight.data = new.to(dtypes[name + ".weight"]).float()  # the next block sees what will be stored
-                    found = {"sparsity": float((linear.weight == 0).float().mean()),
+                    found = {"sparsity": 1 - int(linear.weight.count_nonzero()) / linear.weight.numel(),
                              "error": relative_error(old, linear.weight.data, moment)}  # fmt: skip
                     of_block.append({"name": name, "sparsity_asked": shares[name]} | found)
                 kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
@@ -137,7 +137,8 @@ def relative_error(old, new, moment) -> float:
     """Squared error of a projection's outputs on what calibration showed it, over their squares; of weights without any."""
     if moment is None or moment.ndim == 1:
         scale = 1.0 if moment is None else moment.sqrt()
-        return float(((new - old) * scale).square().sum() / (old * scale).square().sum().clamp_min(1e-30))
+        lost = (new - old).mul_(scale).square_().sum()
+        return float(lost / (old * scale).square_().sum().clamp_min(1e-30))
     return float(one_shot.output_error(new - old, moment) / one_shot.output_error(old, moment).clamp_min(1e-30))
 
 
