@@ -136,6 +136,7 @@ class StreamedLM:
         try:
             values = {name.removeprefix(prefix): tensors[name].to(self.device, torch.float32) for name in names}
             layer.load_state_dict(values, assign=True, strict=False)
+            del tensors, values  # else what is replaced inside would stay
             layer.requires_grad_(False).eval()
             yield self.blocks[i]
         finally:
