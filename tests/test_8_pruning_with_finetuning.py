@@ -30,9 +30,10 @@ WORDS = [f"w{i}" for i in range(100)]
 TINY = {"vocab_size": 105, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
         "max_position_embeddings": 70, "initializer_range": 0.1}  # fmt: skip
 DENSE_STEPS = 45  # of the flags below: 15 an epoch
-FLAGS = ["--max_length", 16, "--batch_size", 16, "--train_fraction", 1, "--dense_fraction", 1, "--dense_epochs", 3,
-         "--num_epochs", 4, "--patience", 9, "--min_delta", 0, "--learning_rate", 0.005, "--dense_learning_rate", 0.01,
-         "--prune_every", 5, "--gradient_window", 3, "--dropout", 0.1, "--device", "cpu"]  # fmt: skip
+FLAGS = ["--width_multiple", 1, "--max_length", 16, "--batch_size", 16, "--train_fraction", 1, "--dense_fraction", 1,
+         "--dense_epochs", 3, "--num_epochs", 4, "--patience", 9, "--min_delta", 0, "--learning_rate", 0.005,
+         "--dense_learning_rate", 0.01, "--prune_every", 5, "--gradient_window", 3, "--dropout", 0.1,
+         "--device", "cpu"]  # fmt: skip
 
 
 def load_script(path=SCRIPT, name="script_8"):
@@ -714,6 +715,16 @@ def test_every_score_prunes_without_training(importance, script, quick, classifi
     assert record["reload_difference"] == 0 and not (tmp_path / "dense").exists()
     assert record["config"]["scorers"] == importance.split("+")
     assert len(weights(folder)) < 0.8 * (classifier / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("flags", [[], ["--allocation", "uniform"], ["--num_epochs", 1]])
+def test_layers_end_with_a_multiple_of_neurons(flags, script, quick, tmp_path):
+    _, record = run(script, [*quick, "--target_sparsity", 0.4, "--width_multiple", 8, *flags], tmp_path)
+    widths = [layer["neurons"] for layer in record["layers"]]
+    assert all(width % 8 == 0 or width < 8 for width in widths) and len(set(widths)) + bool(flags) > 1
+    asked, found = 0.4, record["metrics"]["pruned"]["sparsity"]
+    one = 8 / (sum(layer["neurons"] for layer in record["dense_layers"]))  # of all neurons, the step
+    assert asked - 0.004 <= found < asked + 0.004 + one
 
 
 @pytest.mark.parametrize(("flags", "budget", "most"), [

@@ -265,7 +265,7 @@ def test_allocations_keep_the_total(method, sparsity, base, tmp_path):
     owl = [set(shares["owl"][7 * i : 7 * i + 7]) for i in range(3)]
     assert [len(block) for block in owl] == [1, 1, 1] and len(set.union(*owl)) > 1
     assert max(abs(share - sparsity) for share in shares["owl"]) <= curvature.OWL_LIMIT + 1e-9
-    assert len(set(shares["sensitivity"])) > 10
+    assert len(set(shares["sensitivity"])) > 5
     assert max(abs(share - sparsity) for share in shares["sensitivity"]) <= 0.2 + 1e-9
 
 
@@ -691,7 +691,7 @@ def test_every_flag_is_read(capsys):
 def test_the_fast_column_is_the_fast_one(base, tmp_path):
     argv = [word for word in base if word not in ("--fisher_samples", 6)]
     _, record = run([*argv, "--prune_method", "magnitude", "--fast"], tmp_path)
-    assert record["config"]["fisher_samples"] == 32 and record["config"]["nsamples"] == 10
+    assert record["config"]["fisher_samples"] == 16 and record["config"]["nsamples"] == 10
 
 
 def test_importing_has_no_side_effect(tmp_path):
