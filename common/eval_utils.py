@@ -6,7 +6,9 @@ import math
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -227,37 +229,50 @@ def _timing_batch(batch_size: int, length: int, device: torch.device) -> dict[st
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, device: torch.device, precision: str = "32",
-            seconds: float = 3.0) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Milliseconds of a forward (median, p95) and examples per second, for models on the same full batch.
+def in_turns(calls: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run of functions that take turns, so that a drift of the machine's speed falls on all of them.
 
-    The models take turns, so that a drift of the machine's speed falls on all of them. A turn is one run that is not timed,
-    because the others have left the caches full of theirs, and five that are; the device is synchronised around every run.
-    As many turns as the slowest model needs for `seconds`, at least two.
+    A turn is one run that is not timed, because the others have left the caches full of theirs, and five that are; the device
+    is synchronised around every run. As many turns as the slowest needs for `seconds`, at least two.
     """
-    batch = _timing_batch(batch_size, length, device)
 
-    def run(model) -> float:
+    def run(call) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        with autocast(device, precision):
-            model(**batch)
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        run(call)
+    while any(len(t) < 10 for t in times.values()) or max(map(sum, times.values())) < seconds:
+        for name, call in calls.items():
+            run(call)
+            times[name] += [run(call) for _ in range(5)]
+    return times
+
+
+def latency(models: dict[str, torch.nn.Module], batch_size: int, length: int, device: torch.device, precision: str = "32",
+            seconds: float = 3.0) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Milliseconds of a forward (median, p95) and examples per second, for models on the same full batch.
+
+    The models take turns (`in_turns`).
+    """
+    batch = _timing_batch(batch_size, length, device)
+
+    def forward(model) -> None:
+        with autocast(device, precision):
+            model(**batch)
+
     modes = {name: model.training for name, model in models.items()}
     try:
+        for model in models.values():
+            model.eval()
         with torch.inference_mode():
-            for model in models.values():
-                model.eval()
-                run(model)
-            while any(len(t) < 10 for t in times.values()) or max(map(sum, times.values())) < seconds:
-                for name, model in models.items():
-                    run(model)
-                    times[name] += [run(model) for _ in range(5)]
+            times = in_turns({name: partial(forward, model) for name, model in models.items()}, seconds, device)
     finally:
         for name, model in models.items():
             model.train(modes[name])

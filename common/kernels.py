@@ -7,7 +7,6 @@ CUDA), and one for 2:4 on CUDA, in 16 bits; for weights that are zero here and t
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
-from common import checkpoint, one_shot, streaming
+from common import checkpoint, eval_utils, one_shot, streaming
 from common.one_shot import Pattern
 from common.runs import UserError
 
@@ -78,7 +77,8 @@ def _measure_weight(weight: torch.Tensor, pattern: Pattern, tokens: int, seconds
                 why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if why is not None:
             products.pop("sparse", None)
-        times = _medians(products, seconds, weight.device)
+        times = eval_utils.in_turns(products, seconds, weight.device)
+        times = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     sparse = times.get("sparse")
     return {"dense_ms": times["dense"], "sparse_ms": sparse, "ratio": times["dense"] / sparse if sparse else None, "why": why}
 
@@ -111,26 +111,6 @@ def _mismatch(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
     tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
     return None if error <= tolerance else f"the kernel's product is wrong by a relative {error:.1e}"  # NaN is wrong too
-
-
-def _medians(products: dict[str, Callable], seconds: float, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of functions that take turns: one run that is not timed and five that are, for `seconds` each."""
-
-    def run(product) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        product()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {name: [] for name in products}
-    while any(len(t) < 10 for t in times.values()) or max(map(sum, times.values())) < seconds:
-        for name, product in products.items():
-            run(product)
-            times[name] += [run(product) for _ in range(5)]
-    return {name: statistics.median(t) * 1e3 for name, t in times.items()}
 
 
 def rows_of(measured: list[dict[str, Any]]) -> list[list[str]]:
