@@ -107,20 +107,24 @@ def prune_(lm, hidden, args, pattern, shares: dict[str, float], run) -> list[dic
             with lm.loaded(i) as block:
                 moments = {}
                 if args.prune_method != "magnitude" or args.update != "none":
-                    with curvature.input_moments(block, args.full_moments) as moments, torch.no_grad():
+                    timed = run.timed("statistics", "pruning")
+                    with timed, curvature.input_moments(block, args.full_moments) as moments, torch.no_grad():
                         for b in range(len(hidden)):
                             lm.run(i, hidden[b].to(lm.device))
-                for linear in block.projections:
-                    name, moment = lm.names[linear], moments.get(linear)
-                    fisher = fishers[name].to(lm.device) if fishers else None
-                    old = linear.weight.data
-                    new = prune_weight(old, moment, fisher, args.prune_method, args.update, pattern, shares[name])
-                    linear.weight.data = new.to(dtypes[name + ".weight"]).float()  # the next block sees what will be stored
-                    found = {"sparsity": 1 - int(linear.weight.count_nonzero()) / linear.weight.numel(),
-                             "error": relative_error(old, linear.weight.data, moment)}  # fmt: skip
-                    of_block.append({"name": name, "sparsity_asked": shares[name]} | found)
+                with run.timed("solving", "pruning"):
+                    for linear in block.projections:
+                        name, moment = lm.names[linear], moments.get(linear)
+                        fisher = fishers[name].to(lm.device) if fishers else None
+                        old = linear.weight.data
+                        new = prune_weight(old, moment, fisher, args.prune_method, args.update, pattern, shares[name])
+                        linear.weight.data = new.to(dtypes[name + ".weight"]).float()  # the next block sees what is stored
+                        found = {"sparsity": 1 - int(linear.weight.count_nonzero()) / linear.weight.numel(),
+                                 "error": relative_error(old, linear.weight.data, moment)}  # fmt: skip
+                        of_block.append({"name": name, "sparsity_asked": shares[name]} | found)
                 kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
-                lm.advance(i, hidden)
+                if i + 1 < len(lm):  # what the last one gives nobody takes
+                    with run.timed("forward", "pruning"):
+                        lm.advance(i, hidden)
             runs.write_atomic(path.with_suffix(".json"), json.dumps(of_block))
             streaming.save_tensors(path, kept)
             del kept, old, new, moments, moment, fisher, fishers  # a block's worth, beside the next one

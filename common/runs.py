@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HISTORY = ("step", "phase", "metric", "value")  # columns of history.csv
+REPEATED = 1.0  # seconds
 
 
 class UserError(Exception):
@@ -360,13 +361,16 @@ class Run:
         write_atomic(self.dir / "run.json", json.dumps(self.record, indent=2, default=str) + "\n")
 
     @contextmanager
-    def timed(self, phase: str):
-        """Add the seconds spent inside to `timings[phase]`; a resumed run goes on counting."""
+    def timed(self, phase: str, part_of: str | None = None):
+        """Add the seconds spent inside to `timings[phase]`, or as a part of another phase to `timings_of_<part_of>[phase]`; a
+        resumed run goes on counting.
+        """
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.record["timings"][phase] = round(self.record["timings"].get(phase, 0) + time.perf_counter() - start, 3)
+            timings = self.record.setdefault(f"timings_of_{part_of}" if part_of else "timings", {})
+            timings[phase] = round(timings.get(phase, 0) + time.perf_counter() - start, 3)
 
     def log(self, step: int, phase: str, **metrics: float) -> None:
         """Append to history.csv, one row a metric. Rows that a resumed run repeats are dropped by `rewind`."""
@@ -410,13 +414,15 @@ def finished_runs(out_dir: Path, experiment: str) -> list[tuple[Path, dict[str, 
 
 @contextmanager
 def stop_requests():
-    """Yields a function that says whether Ctrl+C or SIGTERM came; a second Ctrl+C interrupts at once."""
+    """Yields a function that says whether Ctrl+C or SIGTERM came; a second one, REPEATED seconds later or more, interrupts at
+    once. Within that time it is the same wish: torchrun hands on to its processes the Ctrl+C that the terminal gave them too.
+    """
     seen = []
 
     def handler(number, frame):
-        if seen:
+        if seen and time.monotonic() - seen[0] > REPEATED:
             raise KeyboardInterrupt
-        seen.append(number)
+        seen.append(time.monotonic())
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     previous = [signal.signal(number, handler) for number in numbers]
