@@ -144,7 +144,9 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.annotate("dense", (1.0, dense), textcoords="offset points", xytext=(0, 5), color="0.35")
     curves = [("kd_gradient", True, "C0", "pruned while training, --fast"),
               ("kd_gradient", False, "C2", "untouched: kd_gradient"),
+              ("activation", False, "C5", "untouched: activation"),
               ("fisher", False, "C1", "untouched: fisher"),
+              ("taylor", False, "C9", "untouched: taylor"),
               ("l2", False, "C4", "untouched: l2"),
               ("random", False, "C3", "untouched: random (control)")]  # fmt: skip
     for scorer, trained, color, label in curves:
