@@ -36,4 +36,7 @@ results: environment
 	$(PYTHON) benchmarks/perplexity.py
 	$(PYTHON) benchmarks/one_shot.py
 	$(PYTHON) benchmarks/streaming_memory.py
+	$(PYTHON) benchmarks/sparse_trainer.py
+	$(PYTHON) benchmarks/recovery.py
+	$(PYTHON) benchmarks/memory_table.py
 	$(PYTHON) benchmarks/update_readme.py

@@ -20,7 +20,6 @@ goes on at the block where it was. The manual: docs/main_block.md.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from pathlib import Path
 
@@ -192,8 +191,7 @@ running      {args.precision}, {args.device}, activations {"on disk" if args.off
     with Run(args.out_dir, "one_shot", settings, args.run_name, args.resume) as run:
         target = args.save or run.model_dir
         print(f"pruning: {run.dir}{' (finished before; --resume never starts anew)' if run.finished else ''}", flush=True)
-        there = [stage["asked"] for stage in checkpoint.compression_stages(target)[-1:]] == [run.config]
-        if "metrics" not in run.record or not there:  # not there any more, or that of another run
+        if "metrics" not in run.record or not checkpoint.is_result_of(target, run.config):
             run.record["status"] = "running"
             with run.timed("allocation"):
                 try:
@@ -242,17 +240,16 @@ def eval_stream(args, model, tokenizer):
 def evaluate(directory: Path, args, device) -> tuple[dict, dict]:
     """Perplexity of a model directory on a text's test split, with the console of the guide; and how it was measured."""
     outline = checkpoint.outline(directory, AutoModelForCausalLM)
-    source, split, stream, length = eval_stream(args, outline, data.load_tokenizer(directory, outline.config))
+    tokenizer = data.load_tokenizer(directory, outline.config)
+    source, split, stream, length = eval_stream(args, outline, tokenizer)
     print(f"📖 Loading {source.record['name']} {split} set...\n📏 Sequence length: {len(stream)}")
     if args.dry_run:
         return {}, {}
     model = checkpoint.load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
-    found = eval_utils.evaluate_perplexity(model, stream, length, args.stride or None, protocol=args.ppl_protocol,
-                                           progress="🧮 Computing perplexity")  # fmt: skip
+    found, how = eval_utils.perplexity_on(model, tokenizer, source, args.token_length, args.stride, args.ppl_protocol,
+                                          "🧮 Computing perplexity")  # fmt: skip
     print(f"✅ Perplexity: {found['perplexity']:.2f}   ({found['n_tokens']:,} tokens in windows of {length})")
-    how = {"text": source.record["name"], "sha256": source.record["sha256"], "split": split,
-           "dtype": str(model.dtype), **{k: found[k] for k in ("token_length", "stride", "protocol", "tail")}}  # fmt: skip
-    return {"perplexity": found["perplexity"], "n_tokens": found["n_tokens"]}, how
+    return found, how
 
 
 def beyond_perplexity(directory: Path, args, device) -> dict:
@@ -269,20 +266,6 @@ def beyond_perplexity(directory: Path, args, device) -> dict:
         found["kernels"] = kernels.measure(directory, device)
         print("", table(kernels.rows_of(found["kernels"])), kernels.conclusion(found["kernels"]), sep="\n")
     return found
-
-
-def check_save(save: Path, base: Path) -> None:
-    """UserError where --save would replace what no such script made, or cannot be written."""
-    place = save.resolve()
-    if base.resolve().is_relative_to(place):
-        raise UserError(f"--save {save}: would replace the model that is pruned, {base}. Name another directory")
-    if place.exists() and not (place / "compression.json").is_file() and not (place.is_dir() and not any(place.iterdir())):
-        raise UserError(f"--save {save}: is there, and holds no compressed model. Name another directory")
-    parent = next(folder for folder in place.parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise UserError(f"--save {save}: {parent} cannot be written ({error.strerror}). Name another directory") from None
 
 
 def main(argv=None) -> None:
@@ -335,7 +318,7 @@ def main(argv=None) -> None:
         args.batch_size = max(1, TOKENS_A_BATCH // args.seqlen)
         tokenizer = data.load_tokenizer(base.path, shape.model.config)
         if args.save:
-            check_save(args.save, base.path)
+            checkpoint.check_target(args.save, base.path)
         if args.eval:
             eval_stream(args, shape.model, tokenizer)  # refused now, and not when all is pruned
         prune(args, base, tokenizer, shape, device)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,28 @@ def compression_stages(directory: Path) -> list[dict]:
     """The stages in a model directory's compression.json, first to last; none for a model that was never compressed."""
     path = Path(directory) / "compression.json"
     return read_json(path)["stages"] if path.exists() else []
+
+
+def is_result_of(directory: Path, config: dict) -> bool:
+    """Whether a model directory is there and is what a run of this configuration wrote; another may have, since."""
+    return [stage["asked"] for stage in compression_stages(directory)[-1:]] == [config]
+
+
+def check_target(directory: Path, base: Path) -> None:
+    """UserError where a model written to --save `directory` would replace what no script made, or cannot be written.
+
+    base: the model directory that it is made of.
+    """
+    place = directory.resolve()
+    if base.resolve().is_relative_to(place):
+        raise UserError(f"--save {directory}: would replace the model that it is made of, {base}. Name another directory")
+    if place.exists() and not (place / "compression.json").is_file() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"--save {directory}: is there, and holds no compressed model. Name another directory")
+    parent = next(folder for folder in place.parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError(f"--save {directory}: {parent} cannot be written ({error.strerror}). Name another directory") from None
 
 
 def _auto_class(name: str) -> str:

@@ -21,6 +21,7 @@ from common.blocks import blocks_of, family_of
 from common.checkpoint import load_classifier
 from common.data import Split, in_order, inputs_of, loader, n_positions
 from common.runs import UserError
+from common.text import token_stream
 from common.train_utils import OneDNNLinear, autocast, resolve_precision
 
 
@@ -136,6 +137,22 @@ def evaluate_perplexity(model, tokens, token_length: int = 2048, stride: int | N
     return {"perplexity": perplexity, "nll": float(total), "n_tokens": n_tokens, "n_windows": n_windows,
             "token_length": token_length, "stride": stride, "protocol": protocol,
             "tail": "dropped" if protocol == "wanda" else "kept"}  # fmt: skip
+
+
+def perplexity_on(model, tokenizer, source, token_length: int = 0, stride: int = 0, protocol: str = "tokens",
+                  progress: str | None = None) -> tuple[dict, dict]:  # fmt: skip
+    """Perplexity of a causal LM on a prepared text's test split (where there is none: validation), and how it was measured;
+    both as records keep them.
+
+    source: what text.prepare_text gave. token_length: 0 for the model's positions, at most 2048; stride: 0 for token_length.
+    """
+    split = "test" if "test" in source.record["splits"] else "validation"
+    stream = token_stream(source.path, split, tokenizer, "blank" if protocol == "wanda" else "eos")
+    length = token_length or min(2048, n_positions(model.config) or 2048)
+    found = evaluate_perplexity(model, stream, length, stride or None, protocol=protocol, progress=progress)
+    how = {"text": source.record["name"], "sha256": source.record["sha256"], "split": split, "dtype": str(model.dtype),
+           **{key: found[key] for key in ("token_length", "stride", "protocol", "tail")}}  # fmt: skip
+    return {"perplexity": found["perplexity"], "n_tokens": found["n_tokens"]}, how
 
 
 def scoring_dtype(device: torch.device) -> torch.dtype | None:

@@ -68,7 +68,7 @@ def test_every_script_has_a_manual_page_and_can_be_read_in_a_sitting():
         assert len(script.read_text(encoding="utf-8").splitlines()) <= 350, script.name
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name[0].isdigit()], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*runs.REPOSITORY.glob("*.py")], ids=lambda path: path.name)
 def test_every_flag_is_in_the_manual_page(script, capsys):
     spec = importlib.util.spec_from_file_location("script_under_test", script)
     module = importlib.util.module_from_spec(spec)

@@ -367,15 +367,25 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_to_stop_is_seen_and_a_second_one_interrupts(number):
+def test_a_request_to_stop_is_seen_and_a_second_one_interrupts(number, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt), stop_requests() as requested:
         assert not requested()
         os.kill(os.getpid(), number)
         assert requested()
+        for again in (0.0, 0.5, 0.9 * runs.REPEATED):  # the same wish: torchrun hands on what the terminal sent to all
+            clock[0] = 100 + again
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requested()
+        clock[0] = 100 + 1.1 * runs.REPEATED  # after the first one, not after the last
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second one was ignored")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    with stop_requests() as requested:  # every run asks anew
+        assert not requested()
 
 
 # --------------------------------------------------------------------------------------------------------------- console

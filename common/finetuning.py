@@ -1,0 +1,111 @@
+"""What scripts that train by a `transformers.Trainer` share: windows of text, console and history, stopping together."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+
+from common.runs import Run, UserError
+
+__all__ = ["CHATTY", "Console", "EarlyStoppingCallback", "StopTogether", "TrainingArguments", "Windows"]  # two of transformers'
+CHATTY = (PrinterCallback, ProgressCallback)  # what Console takes the place of
+
+
+class Windows(Dataset):
+    """Pieces of a token stream that do not overlap, (length,) each, read from the disk when they are asked for.
+
+    n: at most so many, drawn evenly over the stream. A window is its own labels: models shift them.
+    """
+
+    def __init__(self, stream: np.ndarray, length: int, n: int | None = None):
+        found = len(stream) // length
+        if not found:
+            raise UserError(f"too little text: {len(stream):,} tokens, expected a window of {length:,} at least")
+        self.stream, self.length = stream, length
+        self.starts = np.arange(found) * length
+        if n is not None and n < found:
+            self.starts = self.starts[np.linspace(0, found - 1, n).round().astype(np.int64)]
+
+    def drop_rest_(self, multiple: int) -> None:
+        """Leave out the last windows, so that their number is a multiple of this."""
+        self.starts = self.starts[: len(self.starts) // multiple * multiple]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        start = self.starts[i]
+        ids = torch.from_numpy(np.asarray(self.stream[start : start + self.length], np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+class Console(TrainerCallback):
+    """A progress bar, one line a logging interval, and the run's history; NaN ends the training with advice.
+
+    On every process: what it says only the one that has a `run` says.
+    """
+
+    def __init__(self, run: Run | None):
+        self.run, self.bar = run, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.run is not None:
+            self.run.rewind(state.global_step)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", leave=False, disable=None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise UserError(f"{key} is {logs[key]} at step {state.global_step:,}. The last checkpoint is intact; start "
+                                "anew with a lower --learning_rate or --precision 32")  # fmt: skip
+        if self.run is None:
+            return
+        shown = {key.removeprefix("eval_"): value for key, value in logs.items() if isinstance(value, int | float)}
+        if "loss" in logs:
+            tqdm.write(f"Step {state.global_step}: loss={logs['loss']:.4f}")
+            kept = {key: shown[key] for key in ("loss", "grad_norm", "learning_rate") if key in shown}
+            self.run.log(state.global_step, "training", **kept)
+        if "eval_loss" in logs:
+            perplexity, sparsity = shown["perplexity"], shown["sparsity"]
+            tqdm.write(f"Step {state.global_step}: validation perplexity={perplexity:.2f} sparsity={sparsity:.4f}")
+            self.run.log(state.global_step, "training", validation_perplexity=perplexity, sparsity=sparsity)
+
+
+class StopTogether(TrainerCallback):
+    """Ends the training of all processes at the same step, with a checkpoint, when one of them was asked to stop.
+
+    requested: says whether this process was (runs.stop_requests). save_every: steps between checkpoints. Every checkpoint
+    begins a new mean of the logged loss, so that a resumed run logs what one left alone does.
+    """
+
+    def __init__(self, requested, save_every: int):
+        self.requested, self.save_every, self.stopped = requested, save_every, False
+        self.group = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.group = dist.new_group(backend="gloo")  # of the hosts: no GPU waits for it
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = torch.tensor([int(self.requested())])
+        if self.group is not None:
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.group)
+        self.stopped = bool(stop)
+        control.should_training_stop |= self.stopped
+        control.should_save |= self.stopped or state.global_step % self.save_every == 0
+        control.should_log |= control.should_save or control.should_evaluate
+        return control

@@ -1,0 +1,290 @@
+"""Training that keeps zeros: masks that are taken once and stored small, and the `transformers.Trainer` that holds to them.
+
+A mask is of the weights as they are when it is taken. A weight that becomes zero later is trained on like any other; one that
+was zero then stays zero, whatever the optimizer does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional
+from transformers import Trainer
+
+from common import distill
+from common.blocks import FAMILIES, blocks_of
+
+BLOCKS = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))  # sizes that are looked for, beside those that are named
+AT_ONCE = {"cpu": 2**16, "cuda": 2**24}  # weights whose bits are unpacked together; what fits a CPU's cache is fastest
+KEEPS_ZEROS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # a weight, gradient and state of zero stay zero
+WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
+
+
+# ------------------------------------------------------------------------------------------------------------------ masks
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights of a matrix (out, in) stay zero.
+
+    block: rows and columns of the blocks that are zero, or None. data: of blocks their indices, counted row by row, int32;
+    else one bit a weight, 1 where it is free, eight to a uint8 and the first in the lowest place.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int] | None
+    data: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, blocks: tuple[tuple[int, int], ...] = BLOCKS) -> Mask:
+        """The zeros of `weight` as it is now, as blocks of the first of these sizes that all of them are made of."""
+        (rows, columns), zero = weight.shape, weight == 0
+        n_zeros = int(zero.sum())
+        for n, m in blocks:
+            if rows % n == 0 and columns % m == 0:
+                of_blocks = zero.view(rows // n, n, columns // m, m).all(3).all(1)  # (out / n, in / m)
+                n_blocks = int(of_blocks.sum())
+                if n_blocks * n * m == n_zeros and 32 * n_blocks <= zero.numel():  # as small as bits are, or smaller
+                    return cls((rows, columns), (n, m), of_blocks.flatten().nonzero().flatten().to(torch.int32))
+        return cls._packed(~zero)
+
+    @classmethod
+    def _packed(cls, free: torch.Tensor) -> Mask:
+        flat = functional.pad(free.flatten(), (0, -free.numel() % 8)).view(-1, 8)
+        places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=free.device)
+        return cls(tuple(free.shape), None, (flat * places).sum(1, dtype=torch.uint8))
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def zero_(self, values: torch.Tensor) -> torch.Tensor:
+        """Set what the mask says to zero in `values`, (out, in), contiguous, on the mask's device."""
+        if self.block is not None:
+            n, m = self.block
+            width = self.shape[1] // m  # of a row, in pieces of m weights
+            first = self.data // width * (n * width) + self.data % width  # the piece at the top left of each block
+            pieces = first.long()[:, None] + torch.arange(n, device=values.device) * width  # (blocks, n)
+            values.view(-1, m).index_fill_(0, pieces.flatten(), 0)
+            return values
+        flat, at_once = values.view(-1), AT_ONCE.get(values.device.type, AT_ONCE["cuda"])
+        bits_of = _bits(values.dtype, values.device)
+        for start in range(0, len(flat), at_once):
+            part = flat[start : start + at_once]
+            packed = self.data[start // 8 : -(-(start + at_once) // 8)]
+            part.mul_(functional.embedding(packed.int(), bits_of).view(-1)[: len(part)])
+        return values
+
+    def free(self) -> torch.Tensor:
+        """True where a weight may be anything: (out, in) bool."""
+        return self.zero_(torch.ones(self.shape, dtype=torch.uint8, device=self.data.device)).bool()
+
+    def rows(self, start: int, end: int) -> Mask:
+        """The mask of the rows from `start` to `end`."""
+        if self.block is None or start % self.block[0] or end % self.block[0]:
+            return Mask._packed(self.free()[start:end])
+        n, m = self.block
+        width = self.shape[1] // m
+        inside = (self.data >= start // n * width) & (self.data < end // n * width)
+        return Mask((end - start, self.shape[1]), self.block, self.data[inside] - start // n * width)
+
+    def to(self, device: torch.device) -> Mask:
+        return Mask(self.shape, self.block, self.data.to(device))
+
+
+@cache
+def _bits(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The eight places of every byte, as numbers: (256, 8)."""
+    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(device, dtype)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what DDP, FSDP, checkpointing and torch.compile put into it."""
+    return WRAPPERS.sub("", name).lstrip(".")
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that pruning is about, by name: of the blocks' projections, in a model of an unknown family of all linear
+    layers but the output head. Of a model with adapters: the weights that these are added to.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
+    if getattr(getattr(model, "config", None), "model_type", None) in FAMILIES:
+        linears = [linear for block in blocks_of(model) for linear in block.projections]
+    else:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return {f"{names[id(linear)]}.weight": linear.weight for linear in linears}
+
+
+def masks_of(model: nn.Module, blocks: tuple[tuple[int, int], ...] = BLOCKS) -> dict[str, Mask]:
+    """The masks of all prunable weights that have a zero, by name."""
+    with torch.no_grad():
+        return {name: Mask.of(weight, blocks) for name, weight in prunable_weights(model).items() if not weight.all()}
+
+
+def layer_sparsity(model: nn.Module) -> dict[str, float]:
+    """The share of zeros in each prunable weight, by name. Under FSDP all processes have to call it."""
+    names, zeros, sizes = [], [], []
+    for name, weight in prunable_weights(model).items():
+        local = _local(weight).detach()
+        names.append(name)
+        sizes.append(weight.numel())
+        zeros.append(local.numel() - local.count_nonzero())
+    if not names:
+        return {}
+    counts = torch.stack(zeros).double().cpu()
+    if any(isinstance(weight, DTensor) for weight in prunable_weights(model).values()):
+        counts = counts.to(local.device)
+        torch.distributed.all_reduce(counts)
+    return dict(zip(names, (counts.cpu() / torch.tensor(sizes)).tolist(), strict=True))
+
+
+def check_sparsity(model: nn.Module) -> float:
+    """The share of zeros in all prunable weights of a model. Under FSDP all processes have to call it."""
+    of_layers, sizes = layer_sparsity(model), {name: weight.numel() for name, weight in prunable_weights(model).items()}
+    return sum(share * sizes[name] for name, share in of_layers.items()) / max(1, sum(sizes.values()))
+
+
+def lost_zeros(model: nn.Module, masks: dict[str, Mask]) -> int:
+    """How many of the weights that masks hold at zero are not zero in a model."""
+    weights = prunable_weights(model)
+    return sum(int(weights[name][~mask.free().to(weights[name].device)].count_nonzero()) for name, mask in masks.items())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_mask(mask: Mask, parameter: torch.Tensor) -> Mask:
+    """The part of a mask that belongs to this process's part of a parameter, on its device."""
+    local = _local(parameter)
+    if isinstance(parameter, DTensor):
+        for dim, placement in enumerate(parameter.placements):
+            if placement == Shard(0):  # as torch.chunk cuts it: all parts alike, the last ones shorter or empty
+                size = -(-parameter.shape[0] // parameter.device_mesh.size(dim))
+                start = min(parameter.device_mesh.get_local_rank(dim) * size, parameter.shape[0])
+                mask = mask.rows(start, min(start + size, parameter.shape[0]))
+            elif not placement.is_replicate():
+                raise NotImplementedError(f"a weight placed as {placement}: masks know whole rows only")
+    if mask.shape != tuple(local.shape):
+        raise ValueError(f"a mask of {mask.shape} for a weight of {tuple(local.shape)}")
+    return mask.to(local.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- trainer
+
+
+class SparseTrainer(Trainer):
+    """A Trainer under which what is zero at the start stays zero: DDP, FSDP2, torch.compile, checkpointing, any precision.
+
+    Gradients are masked once an optimizer step, right behind the backward, so that clipping sees no others. With an optimizer
+    that leaves a weight at zero whose gradient is (KEEPS_ZEROS), that is all; behind every other one the weights are masked
+    too. Masks are of the model that is given here: it has to be the pruned one, also where a run is resumed.
+
+    masks: by name, those of `masks_of(model)` if not given. teacher: a model on the device, for distillation of its
+    predictions: of the loss a share `distill_weight` is kd_loss at `temperature`.
+    """
+
+    def __init__(self, *args, masks: dict[str, Mask] | None = None, teacher: nn.Module | None = None,
+                 distill_weight: float = 0.5, temperature: float = 1.0, **kwargs):  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.masks = masks_of(self.model) if masks is None else masks
+        self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
+        self._masked: list[tuple[nn.Parameter, Mask]] | None = None
+
+    def _place_masks(self, model: nn.Module) -> list[tuple[nn.Parameter, Mask]]:
+        """Each masked parameter as this process holds it, with its part of the mask; and a hook where weights need it."""
+        named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        if missing := [name for name in self.masks if name not in named]:
+            raise ValueError(f"masks of weights that the model does not have: {', '.join(missing[:3])}")
+        pairs = [(named[name], local_mask(mask, named[name])) for name, mask in self.masks.items()]
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps the real one
+        if type(optimizer) not in KEEPS_ZEROS:
+            optimizer.register_step_post_hook(lambda *_: self._zero_([parameter for parameter, _ in pairs]))
+            return pairs
+        for parameter, mask in pairs:  # momentum from elsewhere would move a weight
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    mask.zero_(_local(value))
+        return pairs
+
+    @torch.no_grad()
+    def _zero_(self, tensors: list[torch.Tensor | None]) -> None:
+        for tensor, (_, mask) in zip(tensors, self._masked, strict=True):
+            if tensor is not None:
+                mask.zero_(_local(tensor))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._masked is None:
+            self._masked = self._place_masks(model)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._zero_([parameter.grad for parameter, _ in self._masked])
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            theirs = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits  # (B, T, V)
+        kd = distill.kd_loss(outputs.logits[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1), self.temperature)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # then nobody divides by the accumulation
+            kd = kd / self.current_gradient_accumulation_steps
+        loss = (1 - self.distill_weight) * loss + self.distill_weight * kd
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if (loss := output.metrics.get(f"{metric_key_prefix}_loss")) is not None:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
+        output.metrics[f"{metric_key_prefix}_sparsity"] = check_sparsity(self.accelerator.unwrap_model(self.model))
+        return output
+
+    # ------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The model alone; no tokenizer, and no pickle of the arguments, in every checkpoint."""
+        if self.args.should_save:
+            unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer's, and a file that says that the checkpoint is whole: what is killed on the way has none."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (folder / WHOLE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / WHOLE).touch()
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """All weights on the CPU, by plain name, on the first process (elsewhere nothing). All processes have to call it."""
+        state = self.accelerator.get_state_dict(self.model_wrapped if self.is_fsdp_enabled else self.model)
+        if not self.accelerator.is_main_process:
+            return {}
+        return {plain_name(name): value.detach().cpu() for name, value in state.items()}
+
+
+WHOLE = "whole"
+
+
+def last_checkpoint(directory: Path, drop: Callable[[Path], None] | None = None) -> Path | None:
+    """The newest whole checkpoint of a SparseTrainer's output directory; broken ones are handed to `drop`."""
+    found = []
+    for folder in Path(directory).glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if step.isdigit() and (folder / WHOLE).exists():
+            found.append((int(step), folder))
+        elif drop is not None:
+            drop(folder)
+    return max(found)[1] if found else None

@@ -1,0 +1,348 @@
+"""Fine-tuning of a sparse causal language model that keeps every zero: all weights, or LoRA, in one process or many.
+
+    python finetune_dense.py --fast                                   the tiny LM, pruned by 16x16 blocks first: minutes
+    python finetune_dense.py --model DIR --save DIR                   a model that main_block.py pruned
+    python finetune_dense.py --model DIR --method lora --merge sparse
+    bash run_dense_finetune_block_20sparsity.sh --num_gpus 2          the same under torchrun, with memory checked before
+
+"Dense" is the training: every weight that is not zero learns. Masks are taken once, from the model as it is (blocks as their
+indices, else a bit a weight); gradients are masked where they arise, and weights too where an optimizer could move them
+(common/sparse_trainer.py). LoRA's adapters are trained through the mask, so that the merged model is the trained one.
+--distill_from adds the predictions of the dense model. One process or many: the same batch gives the same curve.
+
+Reads a sparse model and text (1_prepare_data.py; prepares what is missing). Writes the best model by validation loss where
+--save says (default: out/finetune/<run>/model), run.json, history.csv. Killed? The same command goes on from the last
+checkpoint. Ends with a table: perplexity of dense, pruned, LoRA, full. The manual: docs/finetune_dense.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
+from transformers import AutoModelForCausalLM
+
+from common import assets, checkpoint, data, eval_utils, finetuning, lora, memory_plan, runs, sparse_trainer, text, train_utils
+from common.blocks import layers_of
+from common.checkpoint import load_causal_lm
+from common.runs import Run, UserError, table
+from common.sparse_trainer import SparseTrainer
+
+PRESETS = [
+    # flag, full, fast, meaning, limits
+    ("num_epochs", 3.0, 1.0, "passes over the training windows", (1e-6, 10**4)),
+    ("learning_rate", 5e-5, 5e-4, "its peak", (0, 1)),
+    ("batch_size", 1, 8, "windows a device and forward", (1, 10**5)),
+    ("effective_batch_size", 8, 16, "windows an optimizer step, over all devices and accumulated forwards", (1, 10**6)),
+    ("block_size", 1024, 256, "tokens of a window", (2, 10**6)),
+    ("max_train_samples", 30000, 2000, "training windows at most, evenly from the text; 0: all", (0, 10**9)),
+    ("max_eval_samples", 1000, 64, "validation windows at most; 0: all", (0, 10**9)),
+    ("n_evaluations", 6, 4, "times that the validation windows are scored, evenly", (1, 10**4)),
+    ("patience", 3, 3, "evaluations without a better loss before training stops", (1, 10**4)),
+    ("min_delta", 0.0, 0.0, "nats a token that count as better", (0, 100)),
+    ("scheduler", "cosine", "cosine", "of the learning rate", ("linear", "cosine", "constant_with_warmup")),
+    ("warmup", 0.03, 0.03, "share of the steps in which the learning rate rises", (0, 1)),
+    ("weight_decay", 0.0, 0.0, "of the optimizer, on matrices", (0, 10)),
+    ("optim", "adamw", "adamw", "optimizer; adamw_8bit needs torchao", ("adamw", "adamw_8bit", "adafactor", "sgd")),
+    ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
+    ("lora_r", 8, 8, "rank of the adapters", (1, 10**4)),
+    ("lora_alpha", 16.0, 16.0, "their scale is lora_alpha / lora_r", (1e-6, 10**6)),
+    ("lora_dropout", 0.05, 0.05, "before the adapters", (0, 0.9)),
+    ("distill_weight", 0.5, 0.5, "share of --distill_from in the loss", (0, 1)),
+    ("temperature", 1.0, 1.0, "of distillation", (0.01, 1000)),
+]
+SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "resume", "save_every", "seed", "device",
+          "compile", "dry_run")  # fmt: skip
+#  where and how it runs; the batch of a step is in the configuration, so a run may go on with another number of processes
+NO_RESULT = (*runs.NO_RESULT, "dataset", "save", "dense_model", "eval_text", "token_length", "stride", "report_to", "fsdp",
+             "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "gpu_memory", "num_processes",
+             "device", "fast")  # fmt: skip
+PRECISIONS = (*train_utils.PRECISIONS, "bf16")  # the last: weights and optimizer states too
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit", "adafactor": "adafactor", "sgd": "sgd"}
+FAST_PRUNED = ("--fast", "--prune_method", "kfac", "--sparsity_type", "block", "--sparsity_ratio", "0.2")
+
+
+def find_model(args) -> assets.Asset:
+    """The model to train: the given one, or the latest of main_block.py; --fast makes one if there is none."""
+    if args.model != "auto":
+        return assets.resolve_model(args.model, args.data_dir, args.source)
+
+    def pruned() -> list[Path]:
+        return [Path(record["model_dir"]) for _, record in runs.finished_runs(args.out_dir, "one_shot")
+                if (Path(record["model_dir"]) / "config.json").exists()]  # fmt: skip
+
+    if not pruned():
+        command = ["main_block.py", *FAST_PRUNED, "--data_dir", str(args.data_dir), "--out_dir", str(args.out_dir)]
+        if not args.fast or args.dry_run:
+            raise UserError(f"{args.out_dir / 'one_shot'}: no pruned model. Name one with --model, or run: python "
+                            f"{' '.join(command)}")  # fmt: skip
+        print(f"no pruned model under {args.out_dir}; making one: python {' '.join(command)}", flush=True)
+        if code := subprocess.run([sys.executable, runs.REPOSITORY / command[0], *command[1:]], check=False).returncode:
+            raise UserError(f"main_block.py ended with exit status {code}: no model to train")
+    return assets.resolve_model(str(pruned()[0]), args.data_dir, args.source)
+
+
+def find_dense(args, directory: Path) -> Path | None:
+    """The dense model that a pruned one was made of, by the record of the run that made it."""
+    if args.dense_model is not None:
+        return args.dense_model
+    for _, record in runs.finished_runs(args.out_dir, "one_shot"):
+        if Path(record["model_dir"]).resolve() == directory.resolve() and Path(record["dense_dir"]).exists():
+            return Path(record["dense_dir"])
+    return None
+
+
+def accumulation(args, n_processes: int) -> int:
+    """Forwards a step, so that a step is of --effective_batch_size windows. UserError where that does not come out even."""
+    of_forward = args.batch_size * n_processes
+    if args.gradient_accumulation_steps:
+        args.effective_batch_size = of_forward * args.gradient_accumulation_steps
+    if args.effective_batch_size % of_forward:
+        fitting = [n for n in range(1, args.effective_batch_size + 1) if not args.effective_batch_size % (args.batch_size * n)]
+        raise UserError(f"--effective_batch_size {args.effective_batch_size}: {n_processes} processes with {args.batch_size} "
+                        f"windows each do not divide it; at this --batch_size {', '.join(map(str, fitting)) or 'none'} do")
+    return args.effective_batch_size // of_forward
+
+
+def memory(args, outline, teacher, n_processes: int) -> None:
+    """Print what a device needs, and exit with status 3 where it has less."""
+    chosen = {key: getattr(args, key) for key in ("method", "precision", "optim", "batch_size", "block_size", "fsdp", "lora_r")}
+    chosen |= {"n_processes": n_processes, "checkpointing": args.gradient_checkpointing, "teacher": teacher}
+    plan, given = memory_plan.plan(outline, **chosen), args.gpu_memory * 2**20 if args.gpu_memory else None
+    print("", table(memory_plan.rows(plan, given)), sep="\n")
+    if given is not None and sum(plan.values()) > given:
+        print(*memory_plan.advice(outline, **chosen, gpu_bytes=given), sep="\n")
+        sys.exit(3)
+
+
+def training_arguments(args, run: Run, layer: str, total: int, n_accumulated: int) -> finetuning.TrainingArguments:
+    every = max(1, -(-total // args.n_evaluations))
+    made = finetuning.TrainingArguments(
+        output_dir=str(run.checkpoint_dir), run_name=run.dir.name, seed=args.seed, data_seed=args.seed, max_steps=total,
+        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=n_accumulated, learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay, lr_scheduler_type=args.scheduler, warmup_steps=round(args.warmup * total),
+        optim=OPTIMIZERS[args.optim], optim_args="bf16_stochastic_round=True" if args.optim == "adamw_8bit" else None,
+        max_grad_norm=1.0, bf16=args.precision == "bf16-mixed", fp16=args.precision == "16-mixed",
+        use_cpu=args.device == "cpu", ddp_find_unused_parameters=False, torch_compile=args.compile,
+        activation_checkpointing=args.gradient_checkpointing and not args.fsdp,
+        fsdp=args.fsdp or None, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [layer],
+                                             "activation_checkpointing": args.gradient_checkpointing} if args.fsdp else None,
+        logging_steps=10, logging_nan_inf_filter=False, disable_tqdm=True, report_to=args.report_to,
+        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        prediction_loss_only=True, dataloader_pin_memory=args.device == "cuda", remove_unused_columns=False)  # fmt: skip
+    made._n_gpu = min(made.n_gpu, 1)  # of more GPUs than processes the Trainer would take all, by DataParallel
+    return made
+
+
+def load_trained(args, base: Path):
+    """The model as it is trained, on the CPU, and its masks. LoRA: fp32 adapters on a frozen model, in half precision."""
+    half = torch.float16 if args.precision == "16-mixed" else torch.bfloat16
+    wide = args.precision == "32" or (args.method == "full" and args.precision != "bf16")
+    model = load_causal_lm(base, torch.float32 if wide else half)
+    model.config.use_cache = False
+    if args.method == "full":
+        return model, sparse_trainer.masks_of(model)
+    runs.seed_everything(args.seed)  # the adapters' start is random
+    return lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.merge == "sparse"), {}
+
+
+def train(args, base: Path, outline, streams, tokenizer, run: Run, processes: PartialState, total: int, target: Path) -> bool:
+    """Train and write the model. False on all processes but the first, which goes on alone."""
+    is_main, layer = processes.is_main_process, type(layers_of(outline)[0]).__name__
+    model, masks = load_trained(args, base)
+    if teacher := load_causal_lm(args.distill_from) if args.distill_from else None:
+        teacher.to(processes.device).requires_grad_(False).eval()
+    windows = {split: finetuning.Windows(streams[split], args.block_size, n or None)
+               for split, n in (("train", args.max_train_samples), ("validation", args.max_eval_samples))}  # fmt: skip
+    windows["train"].drop_rest_(args.effective_batch_size)  # every step is a whole one
+    arguments = training_arguments(args, run, layer, total, accumulation(args, processes.num_processes))
+    with runs.stop_requests() as requested, run.timed("training") if is_main else nullcontext():
+        stop = finetuning.StopTogether(requested, args.save_every)
+        trainer = SparseTrainer(
+            model=model, args=arguments, train_dataset=windows["train"], eval_dataset=windows["validation"], masks=masks,
+            teacher=teacher, distill_weight=args.distill_weight, temperature=args.temperature,
+            callbacks=[stop, finetuning.Console(run if is_main else None),
+                       finetuning.EarlyStoppingCallback(args.patience, args.min_delta)])  # fmt: skip
+        for callback in finetuning.CHATTY:
+            trainer.remove_callback(callback)
+        resumed = sparse_trainer.last_checkpoint(run.checkpoint_dir, drop=shutil.rmtree if is_main else None)
+        processes.wait_for_everyone()
+        if is_main:
+            sparsity, n = sparse_trainer.check_sparsity(model), sum(p.numel() for p in model.parameters())
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            run.record |= {"status": "running", "sparsity": {"before": sparsity}, "student_dir": base, "model_dir": target}
+            run.record |= {"dense_dir": dense} if (dense := find_dense(args, base)) else {}
+            run.record.pop("metrics", None)
+            print(f"*** Starting sparse {'full' if args.method == 'full' else 'LoRA'} fine-tuning ***\n"
+                  f"Initial model sparsity: {sparsity:.4f}\nTrainable params: {trained:,} || All params: {n:,} || "
+                  f"Trainable%: {100 * trained / n:.2f}\n{f'resumed from {resumed}' if resumed else ''}", flush=True)
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+            raise runs.Interrupted(f"The same command goes on from step {trainer.state.global_step:,} ({run.dir})")
+    state = trainer.full_state()
+    processes.destroy_process_group()
+    if not is_main:
+        return False
+    with run.timed("writing"):
+        write(args, state, base, target, tokenizer, run)
+    trainer.state.save_to_json(str(target / "trainer_state.json"))
+    run.record["best"] = {"step": trainer.state.best_global_step, "validation_loss": trainer.state.best_metric}
+    run.save()  # an evaluation that is killed does not take the training with it
+    return True
+
+
+def write(args, state: dict, base: Path, target: Path, tokenizer, run: Run) -> None:
+    """The trained weights as a model directory, in the dtype of the one they came from; its zeros are counted after reload."""
+    stored = load_causal_lm(base)
+    before, masks = sparse_trainer.layer_sparsity(stored), sparse_trainer.masks_of(stored)
+    model = load_causal_lm(base, torch.float32)
+    if args.method == "lora":  # onto the weights as they are stored, whatever they were trained in
+        model = lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.merge == "sparse")
+        model.load_state_dict({name: value for name, value in state.items() if "lora_" in name}, strict=False)
+        model = lora.merge_(model)
+    else:
+        model.load_state_dict(state)
+    checkpoint.save_model(target, model.to(stored.dtype), tokenizer, {"asked": run.config}, base)
+    reloaded = load_causal_lm(target)
+    after, lost = sparse_trainer.layer_sparsity(reloaded), sparse_trainer.lost_zeros(reloaded, masks)
+    if lost and (args.method, args.merge) != ("lora", "plain"):
+        raise RuntimeError(f"{target}: {lost:,} weights that were zero are not any more")
+    if lost:
+        print(f"the plain merge filled {lost:,} zeros: sparsity {sparse_trainer.check_sparsity(stored):.4f} -> "
+              f"{sparse_trainer.check_sparsity(reloaded):.4f}")  # fmt: skip
+    run.record["sparsity"] |= {"after": sparse_trainer.check_sparsity(reloaded), "zeros_lost": lost}
+    run.record["projections"] = [{"name": name, "sparsity_before": before[name], "sparsity": after[name]} for name in after]
+
+
+def perplexities(args, directories: dict[str, Path], device) -> tuple[dict, dict]:
+    """Perplexity, sparsity and bytes of model directories on the test split of --eval_text; and how it was measured."""
+    source, found, how = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir), {}, {}
+    for name, directory in directories.items():
+        model = load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
+        found[name], how = eval_utils.perplexity_on(model, data.load_tokenizer(directory, model.config), source,
+                                                    args.token_length, args.stride, progress=f"perplexity, {name}")  # fmt: skip
+        found[name] |= {"sparsity": sparse_trainer.check_sparsity(model), "bytes": eval_utils.directory_bytes(directory)}
+    return found, how
+
+
+def sibling(args, base: Path, run: Run) -> dict[str, Path]:
+    """The latest model that the other method made of the same pruned model, for the table."""
+    for folder, record in runs.finished_runs(args.out_dir, "finetune"):
+        target = Path(record["model_dir"])
+        same = Path(record["student_dir"]).resolve() == base.resolve() and record["config"]["method"] != args.method
+        if same and folder != run.dir and (target / "config.json").exists():
+            return {record["config"]["method"]: target}
+    return {}
+
+
+def parse_args(argv):
+    parser = runs.Parser(__doc__, PRESETS, shared=SHARED)
+    parser.add_argument("--method", default="full", choices=("full", "lora"), help="what trains [full]")
+    parser.add_argument("--merge", default="sparse", choices=("sparse", "plain"), help="of LoRA: zeros kept, or not [sparse]")
+    parser.add_argument("--dataset", default="auto", help="wikitext2, news, a path, or auto: what is prepared [auto]")
+    parser.add_argument("--save", type=Path, help="directory of the trained model [out/finetune/<run>/model]")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="bf16: weights and optimizer too [auto]")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=0, help="0: by --effective_batch_size [0]")
+    parser.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over processes (FSDP2)")
+    parser.add_argument("--distill_from", type=Path, help="directory of the dense model to learn from as well")
+    parser.add_argument("--dense_model", type=Path, help="the dense model, for the table [what the pruning's record names]")
+    parser.add_argument("--eval_text", default="auto", help="text of the table's perplexities [auto]")
+    parser.add_argument("--token_length", type=int, default=0, help="of its windows; 0: the model's, at most 2048 [0]")
+    parser.add_argument("--stride", type=int, default=0, help="of its windows; 0: --token_length [0]")
+    parser.add_argument("--report_to", default="none", choices=("none", "tensorboard", "wandb"), help="and history.csv [none]")
+    parser.add_argument("--gpu_memory", type=int, help="with --dry_run: MiB of a GPU; exit status 3 if they are too few")
+    parser.add_argument("--num_processes", type=int, help="with --dry_run: processes to plan for [those of torchrun]")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda:"):
+        parser.error(f"--device {args.device}: name GPUs by CUDA_VISIBLE_DEVICES, and --device cuda")
+    device = runs.resolve_device(args.device)
+    args.device = device.type
+    if args.precision == "auto" and args.device == "cuda" and torch.cuda.is_bf16_supported():
+        args.precision = "bf16-mixed"  # the states of language models can be too large for fp16
+    args.precision = args.precision if args.precision == "bf16" else train_utils.resolve_precision(args.precision, device)
+    for needed, flag in (("torchao", args.optim == "adamw_8bit" and "--optim adamw_8bit"),
+                         (args.report_to, args.report_to != "none" and f"--report_to {args.report_to}")):  # fmt: skip
+        if flag:
+            runs.require(needed, flag)
+    if not args.dry_run and (args.gpu_memory or args.num_processes):
+        parser.error("--gpu_memory and --num_processes: plan only, together with --dry_run")
+    return args, device
+
+
+def check(args, outline, source, streams, teacher) -> int:
+    """Everything that can be refused before a model is loaded; the number of optimizer steps."""
+    longest = data.n_positions(outline.config)
+    if longest and args.block_size > longest:
+        raise UserError(f"--block_size {args.block_size}: this {outline.config.model_type} model has {longest} positions")
+    if teacher is not None and teacher.config.vocab_size != outline.config.vocab_size:
+        raise UserError(f"--distill_from {args.distill_from}: its vocabulary has {teacher.config.vocab_size:,} tokens, "
+                        f"the model's {outline.config.vocab_size:,}. Expected the dense model that it was made of")  # fmt: skip
+    n_windows = len(finetuning.Windows(streams["train"], args.block_size, args.max_train_samples or None))
+    if n_windows < args.effective_batch_size:
+        raise UserError(f"{source.path}: {n_windows} windows of {args.block_size} tokens, less than a step of "
+                        f"{args.effective_batch_size}. Lower --block_size or --effective_batch_size")  # fmt: skip
+    finetuning.Windows(streams["validation"], args.block_size)
+    return max(1, round(args.num_epochs * (n_windows // args.effective_batch_size)))
+
+
+def main(argv=None) -> None:
+    runs.quiet_transformers()
+    args, device = parse_args(argv)
+    processes = PartialState(cpu=args.device == "cpu")
+    is_main, n_processes = processes.is_main_process, args.num_processes or processes.num_processes
+    if args.fsdp and n_processes == 1:
+        raise UserError("--fsdp: shards over processes, and there is one. Start several with torchrun, or leave it out")
+    n_accumulated = accumulation(args, n_processes)
+    with processes.main_process_first():  # what is missing is made once
+        base = find_model(args)
+        outline = checkpoint.outline(base.path, AutoModelForCausalLM)
+        teacher = checkpoint.outline(args.distill_from, AutoModelForCausalLM) if args.distill_from else None
+        tokenizer = data.load_tokenizer(base.path, outline.config)
+        source = text.prepare_text(args.dataset, args.data_dir, args.source, args.local_dir)
+        streams = {split: text.token_stream(source.path, split, tokenizer) for split in ("train", "validation")}
+    total = check(args, outline, source, streams, teacher)
+    settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in NO_RESULT}
+    settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}
+    if is_main:
+        batch = f"{args.batch_size} x {n_processes} processes x {n_accumulated} forwards"
+        print(f"""model        {base.path}, {sum(p.numel() for p in outline.parameters()) / 1e6:,.1f} M parameters
+text         {source.record["name"]}, {len(streams["train"]):,} tokens in windows of {args.block_size}
+training     {args.method}, {total:,} steps of {args.effective_batch_size} windows ({batch})
+running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled" * args.compile}""", flush=True)
+    if args.dry_run:
+        memory(args, outline, teacher, n_processes)
+        return
+    run = Run(args.out_dir, "finetune", settings, args.run_name, args.resume)
+    target = args.save or run.model_dir
+    checkpoint.check_target(target, base.path)
+    with run if is_main else nullcontext():
+        processes.wait_for_everyone()  # the run is open; what was there is moved aside where that was asked for
+        done = "best" in runs.read_json(run.dir / "run.json") and checkpoint.is_result_of(target, run.config)
+        processes.wait_for_everyone()
+        if is_main:
+            print(f"fine-tuning: {run.dir}{' (trained before; --resume never starts anew)' if done else ''}", flush=True)
+        if not done and not train(args, base.path, outline, streams, tokenizer, run, processes, total, target):
+            return
+        if is_main and "metrics" not in run.record:
+            dense = run.record.get("dense_dir")
+            models = ({"dense": Path(dense)} if dense else {}) | {"pruned": base.path} | sibling(args, base.path, run)
+            clear_device_cache(garbage_collection=True)  # the trainer is gone, and its model with it
+            with run.timed("measuring"):
+                run.record["metrics"], run.record["evaluation"] = perplexities(args, models | {args.method: target}, device)
+            checkpoint.drop(run.checkpoint_dir)
+    if is_main:
+        print("", table(eval_utils.comparison(run.record["metrics"])), sep="\n")
+        print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
+        print(f"\nmodel   {run.record['model_dir']}\nrecord  {run.dir / 'run.json'}")
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
