@@ -39,7 +39,7 @@ PRESETS = [
     ("num_epochs", 3.0, 1.0, "passes over the training windows", (1e-6, 10**4)),
     ("learning_rate", 5e-5, 5e-4, "its peak", (0, 1)),
     ("batch_size", 1, 8, "windows a device and forward", (1, 10**5)),
-    ("effective_batch_size", 8, 16, "windows an optimizer step, over all devices and accumulated forwards", (1, 10**6)),
+    ("effective_batch_size", 8, 8, "windows an optimizer step, over all devices and accumulated forwards", (1, 10**6)),
     ("block_size", 1024, 256, "tokens of a window", (2, 10**6)),
     ("max_train_samples", 30000, 2000, "training windows at most, evenly from the text; 0: all", (0, 10**9)),
     ("max_eval_samples", 1000, 64, "validation windows at most; 0: all", (0, 10**9)),
@@ -134,10 +134,11 @@ def training_arguments(args, run: Run, layer: str, total: int, n_accumulated: in
         activation_checkpointing=args.gradient_checkpointing and not args.fsdp,
         fsdp=args.fsdp or None, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [layer],
                                              "activation_checkpointing": args.gradient_checkpointing} if args.fsdp else None,
-        logging_steps=10, logging_nan_inf_filter=False, disable_tqdm=True, report_to=args.report_to,
+        logging_steps=10, logging_nan_inf_filter=False, log_level="error", log_level_replica="error", disable_tqdm=True,
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-        prediction_loss_only=True, dataloader_pin_memory=args.device == "cuda", remove_unused_columns=False)  # fmt: skip
+        prediction_loss_only=True, report_to=args.report_to, remove_unused_columns=False,
+        dataloader_pin_memory=args.device == "cuda")  # fmt: skip
     made._n_gpu = min(made.n_gpu, 1)  # of more GPUs than processes the Trainer would take all, by DataParallel
     return made
 

@@ -111,7 +111,8 @@ def tables(record: dict) -> str:
             against = statistics.mean(values) / as_long - 1
             allowed = WITHIN.get(sparsity) if method == "full" else None
             lines.append([f"{sparsity:.2f}", method, spread(values), f"{against:+.1%}",
-                          "" if allowed is None else f"{allowed:+.0%}", "" if allowed is None else met(against <= allowed + 1e-9),
+                          "" if allowed is None else f"{allowed:+.0%}",
+                          "" if allowed is None else met(against <= allowed + 1e-9),
                           f"{statistics.mean(row['seconds'] for row in some) / 60:.1f}" if some else ""])  # fmt: skip
         holds = all(a > b > c for a, b, c in zip(measured["pruned"], measured["LoRA"], measured["full"], strict=True))
         orders.append(f"at {sparsity:g} it {'holds' if holds else 'does not hold'} for every seed")
