@@ -63,9 +63,7 @@ SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "re
 NO_RESULT = (*runs.NO_RESULT, "dataset", "save", "dense_model", "eval_text", "token_length", "stride", "report_to", "fsdp",
              "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "gpu_memory", "num_processes",
              "device", "fast")  # fmt: skip
-PRECISIONS = (*train_utils.PRECISIONS, "bf16")  # the last: weights and optimizer states too
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit", "adafactor": "adafactor", "sgd": "sgd"}
-FAST_PRUNED = ("--fast", "--prune_method", "kfac", "--sparsity_type", "block", "--sparsity_ratio", "0.2")
 
 
 def find_model(args) -> assets.Asset:
@@ -78,7 +76,8 @@ def find_model(args) -> assets.Asset:
                 if (Path(record["model_dir"]) / "config.json").exists()]  # fmt: skip
 
     if not pruned():
-        command = ["main_block.py", *FAST_PRUNED, "--data_dir", str(args.data_dir), "--out_dir", str(args.out_dir)]
+        command = ["main_block.py", "--fast", "--prune_method", "kfac", "--sparsity_type", "block", "--sparsity_ratio", "0.2",
+                   "--data_dir", str(args.data_dir), "--out_dir", str(args.out_dir)]  # fmt: skip
         if not args.fast or args.dry_run:
             raise UserError(f"{args.out_dir / 'one_shot'}: no pruned model. Name one with --model, or run: python "
                             f"{' '.join(command)}")  # fmt: skip
@@ -101,8 +100,7 @@ def find_dense(args, directory: Path) -> Path | None:
 def accumulation(args, n_processes: int) -> int:
     """Forwards a step, so that a step is of --effective_batch_size windows. UserError where that does not come out even."""
     of_forward = args.batch_size * n_processes
-    if args.gradient_accumulation_steps:
-        args.effective_batch_size = of_forward * args.gradient_accumulation_steps
+    args.effective_batch_size = of_forward * args.gradient_accumulation_steps or args.effective_batch_size
     if args.effective_batch_size % of_forward:
         fitting = [n for n in range(1, args.effective_batch_size + 1) if not args.effective_batch_size % (args.batch_size * n)]
         raise UserError(f"--effective_batch_size {args.effective_batch_size}: {n_processes} processes with {args.batch_size} "
@@ -250,7 +248,7 @@ def parse_args(argv):
     parser.add_argument("--merge", default="sparse", choices=("sparse", "plain"), help="of LoRA: zeros kept, or not [sparse]")
     parser.add_argument("--dataset", default="auto", help="wikitext2, news, a path, or auto: what is prepared [auto]")
     parser.add_argument("--save", type=Path, help="directory of the trained model [out/finetune/<run>/model]")
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="bf16: weights and optimizer too [auto]")
+    parser.add_argument("--precision", default="auto", choices=(*train_utils.PRECISIONS, "bf16"), help="bf16: all of it [auto]")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=0, help="0: by --effective_batch_size [0]")
     parser.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over processes (FSDP2)")
     parser.add_argument("--distill_from", type=Path, help="directory of the dense model to learn from as well")
@@ -291,6 +289,8 @@ def check(args, outline, source, streams, teacher) -> int:
         raise UserError(f"{source.path}: {n_windows} windows of {args.block_size} tokens, less than a step of "
                         f"{args.effective_batch_size}. Lower --block_size or --effective_batch_size")  # fmt: skip
     finetuning.Windows(streams["validation"], args.block_size)
+    length = args.token_length or min(2048, longest or 2048)
+    eval_utils.check_perplexity(outline, streams["train"], length, args.stride or length, None, "tokens")
     return max(1, round(args.num_epochs * (n_windows // args.effective_batch_size)))
 
 
@@ -305,10 +305,11 @@ def main(argv=None) -> None:
     with processes.main_process_first():  # what is missing is made once
         base = find_model(args)
         outline = checkpoint.outline(base.path, AutoModelForCausalLM)
-        teacher = checkpoint.outline(args.distill_from, AutoModelForCausalLM) if args.distill_from else None
+        teacher, _ = (path and checkpoint.outline(path, AutoModelForCausalLM) for path in (args.distill_from, args.dense_model))
         tokenizer = data.load_tokenizer(base.path, outline.config)
         source = text.prepare_text(args.dataset, args.data_dir, args.source, args.local_dir)
         streams = {split: text.token_stream(source.path, split, tokenizer) for split in ("train", "validation")}
+        text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)  # refused now, not when all is trained
     total = check(args, outline, source, streams, teacher)
     settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in NO_RESULT}
     settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}

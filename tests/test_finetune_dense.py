@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stdout
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -155,7 +154,7 @@ def free_port():
 
 
 def main_of_rank(rank, n, port, argv, log, prepare):
-    """What torchrun starts, in a process that has everything imported."""
+    """What torchrun starts."""
     file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
@@ -169,19 +168,18 @@ def main_of_rank(rank, n, port, argv, log, prepare):
 
 
 @pytest.fixture(scope="module")
-def forked():
-    """Runs the script in n processes, and says how they ended. One process imports, and they are its forks."""
-    forkserver._forkserver._stop()  # that of other tests, which has imported less
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "pandas", "pyarrow.parquet", "peft",
-                                    "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])  # fmt: skip
+def started():
+    """Runs the script in n processes, each with an interpreter of its own, and says how they ended."""
+    context = multiprocessing.get_context("spawn")
 
     def start(n, argv, out, prepare=None):
         port, argv = free_port(), [str(word) for word in (*argv, "--out_dir", out)]
         given = (n, port, argv, f"{out}.log", prepare)
         processes = [context.Process(target=main_of_rank, args=(rank, *given)) for rank in range(n)]
-        for process in processes:
-            process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")  # as torchrun has it
+            for process in processes:
+                process.start()
         try:
             for process in processes:
                 process.join(240)
@@ -195,10 +193,10 @@ def forked():
 
 
 @pytest.fixture(scope="module")
-def pair(base, forked, tmp_path_factory):
+def pair(base, started, tmp_path_factory):
     """Two processes, left alone."""
     out = tmp_path_factory.mktemp("pair") / "out"
-    ended, shown = forked(2, base, out)
+    ended, shown = started(2, base, out)
     assert ended == [0, 0], shown
     return only_run(out), shown
 
@@ -208,7 +206,7 @@ def test_several_processes_learn_the_same(n, alone, base, request, tmp_path):
     if n == 2:
         folder, shown = request.getfixturevalue("pair")
     else:
-        ended, shown = request.getfixturevalue("forked")(n, base, tmp_path / "out")
+        ended, shown = request.getfixturevalue("started")(n, base, tmp_path / "out")
         assert ended == [0] * n, shown
         folder = only_run(tmp_path / "out")
     assert f"({1} x {n} processes x {BATCH // n} forwards)" in shown[0]
@@ -223,27 +221,27 @@ def test_several_processes_learn_the_same(n, alone, base, request, tmp_path):
     assert record["metrics"]["full"]["perplexity"] == pytest.approx(alone[1]["metrics"]["full"]["perplexity"], rel=PRECISE)
 
 
-def test_it_goes_on_with_another_number_of_processes(alone, base, forked, tmp_path):
+def test_it_goes_on_with_another_number_of_processes(alone, base, started, tmp_path):
     """Sharded weights and states of two, then one, then two that hold all."""
-    ended, shown = forked(2, [*base, "--fsdp"], tmp_path / "out", in_a_step)
+    ended, shown = started(2, [*base, "--fsdp"], tmp_path / "out", in_a_step)
     assert ended == [-signal.SIGKILL] * 2, shown
-    ended, shown = forked(1, base, tmp_path / "out", in_a_step)  # its tenth step is the sixteenth
+    ended, shown = started(1, base, tmp_path / "out", in_a_step)  # its tenth step is the sixteenth
     assert ended == [-signal.SIGKILL] and "/checkpoint-6\n" in shown[0], shown
-    ended, shown = forked(2, base, tmp_path / "out")
+    ended, shown = started(2, base, tmp_path / "out")
     assert ended == [0, 0] and "/checkpoint-12\n" in shown[0], shown
     assert_same_curves(alone[0], only_run(tmp_path / "out"))
     assert same_zeros(zeros(only_run(tmp_path / "out") / "model"), zeros(alone[0] / "model"))
 
 
-def test_sharded_is_as_whole(alone, pair, base, forked, tmp_path):
+def test_sharded_is_as_whole(alone, pair, base, started, tmp_path):
     """And where both processes are killed in a step, the same command goes on exactly."""
     argv = [*base, "--fsdp"]
-    ended, shown = forked(2, argv, tmp_path / "out")
+    ended, shown = started(2, argv, tmp_path / "out")
     assert ended == [0, 0], shown
     folder = only_run(tmp_path / "out")
-    ended, shown = forked(2, argv, tmp_path / "killed", in_a_step)
+    ended, shown = started(2, argv, tmp_path / "killed", in_a_step)
     assert ended == [-signal.SIGKILL] * 2, shown
-    ended, shown = forked(2, argv, tmp_path / "killed")
+    ended, shown = started(2, argv, tmp_path / "killed")
     assert ended == [0, 0] and "/checkpoint-6\n" in shown[0], shown
     assert weights(only_run(tmp_path / "killed")) == weights(folder)
     assert ", FSDP2" in shown[0]
@@ -315,7 +313,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 
 @needs_proc
-def test_one_of_two_is_killed(pair, base, forked, tmp_path):
+def test_one_of_two_is_killed(pair, base, started, tmp_path):
     """SIGKILL, as by a machine that is out of memory: the other one ends too, and the same command goes on."""
     argv, out = [*base, "--save_every", 5], tmp_path / "out"
     process = torchrun(argv, out)
@@ -326,7 +324,7 @@ def test_one_of_two_is_killed(pair, base, forked, tmp_path):
     assert process.returncode != 0 and not processes_of(out), shown
     step = checkpoint_of(out)
     assert 5 <= step < STEPS and not (only_run(out) / "model").exists()
-    ended, shown = forked(2, argv, out)
+    ended, shown = started(2, argv, out)
     assert ended == [0, 0] and f"/checkpoint-{step}\n" in shown[0], shown
     assert weights(only_run(out)) == weights(pair[0])
     record = read_json(only_run(out) / "run.json")
@@ -334,7 +332,7 @@ def test_one_of_two_is_killed(pair, base, forked, tmp_path):
 
 
 @needs_proc
-def test_ctrl_c_reaches_every_process(pair, base, forked, tmp_path):
+def test_ctrl_c_reaches_every_process(pair, base, started, tmp_path):
     argv, out = [*base, "--save_every", 1000], tmp_path / "out"
     process = torchrun(argv, out)
     until(logged(out, 6), process)
@@ -346,7 +344,7 @@ def test_ctrl_c_reaches_every_process(pair, base, forked, tmp_path):
     assert 6 <= step < STEPS and (folder / "checkpoint" / f"checkpoint-{step}" / WHOLE).exists()
     assert read_json(folder / "run.json")["status"] == "interrupted"
     assert f"interrupted. The same command goes on from step {step} ({folder})" in shown
-    ended, shown = forked(2, argv, out)
+    ended, shown = started(2, argv, out)
     assert ended == [0, 0] and f"/checkpoint-{step}\n" in shown[0], shown
     assert weights(folder) == weights(pair[0]) and read_json(folder / "run.json")["status"] == "finished"
     assert curve(folder, "validation_perplexity") == curve(pair[0], "validation_perplexity")
@@ -452,9 +450,9 @@ MOMENTS = {before_a_checkpoint: None, in_a_step: 6, checkpoint_half_kept: 6, che
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
-def test_a_killed_run_goes_on_exactly(moment, alone, base, forked, tmp_path, capsys):
+def test_a_killed_run_goes_on_exactly(moment, alone, base, started, tmp_path, capsys):
     argv, out = [*base, "--save_every", 5], tmp_path / "out"
-    ended, shown = forked(1, argv, out, moment)
+    ended, shown = started(1, argv, out, moment)
     assert ended == [-signal.SIGKILL], shown
     folder, whole = only_run(out), MOMENTS[moment]
     assert read_json(folder / "run.json")["status"] == "running"
@@ -641,23 +639,23 @@ def in_a_step_of_8_bits():
     in_a_step()
 
 
-def test_8_bit_adamw(base, forked, tiny, tmp_path):
+def test_8_bit_adamw(base, started, tiny, tmp_path):
     """Its states are rounded, so a weight of zero would move; killed and going on as all others."""
     pytest.importorskip("torchao", reason="torchao is not installed (requirements-extra.txt)")
     argv = [*base, "--optim", "adamw_8bit", "--num_epochs", 0.5]
-    ended, shown = forked(1, argv, tmp_path / "out", in_a_step_of_8_bits)
+    ended, shown = started(1, argv, tmp_path / "out", in_a_step_of_8_bits)
     assert ended == [-signal.SIGKILL], shown
-    ended, shown = forked(1, argv, tmp_path / "out", not_compiled)
+    ended, shown = started(1, argv, tmp_path / "out", not_compiled)
     assert ended == [0] and "/checkpoint-9\n" in shown[0], shown
     folder = only_run(tmp_path / "out")
     looks = list(curve(folder, "validation_perplexity").values())
     assert looks[-1] < 0.9 * looks[0] and same_zeros(zeros(folder / "model"), zeros(tiny / "pruned"))
 
 
-def test_distillation_in_two_processes(base, forked, tiny, tmp_path):
+def test_distillation_in_two_processes(base, started, tiny, tmp_path):
     argv = [*base, "--num_epochs", 0.5, "--distill_from", tiny / "dense", "--distill_weight", 0.7, "--temperature", 2]
     one, _ = run(argv, tmp_path / "one")
-    ended, shown = forked(2, argv, tmp_path / "two")
+    ended, shown = started(2, argv, tmp_path / "two")
     assert ended == [0, 0], shown
     assert_same_curves(one, only_run(tmp_path / "two"))
 
@@ -724,9 +722,9 @@ def test_one_table_of_all_methods(loras, alone):
         assert header.split() == ["dense", "pruned", "ratio", "full", "ratio", "lora", "ratio"]
 
 
-def test_killed_lora_goes_on_exactly(loras, base, forked, tmp_path):
+def test_killed_lora_goes_on_exactly(loras, base, started, tmp_path):
     argv = [*base, *LORA, "--save_every", 5]
-    ended, shown = forked(1, argv, tmp_path / "out", in_a_step)
+    ended, shown = started(1, argv, tmp_path / "out", in_a_step)
     assert ended == [-signal.SIGKILL], shown
     folder, record = run(argv, tmp_path / "out")
     assert weights(folder) == weights(loras["sparse"][0]) and record["best"] == loras["sparse"][1]["best"]
