@@ -2,7 +2,6 @@
 
     python finetune_dense.py --fast                                   the tiny LM, pruned by 16x16 blocks first: minutes
     python finetune_dense.py --model DIR --save DIR                   a model that main_block.py pruned
-    python finetune_dense.py --model DIR --method lora --merge sparse
     bash run_dense_finetune_block_20sparsity.sh --num_gpus 2          the same under torchrun, with memory checked before
 
 "Dense" is the training: every weight that is not zero learns. Masks are taken once, from the model as it is (blocks as their
@@ -187,7 +186,6 @@ def train(args, base: Path, outline, streams, tokenizer, run: Run, processes: Pa
         if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
             raise runs.Interrupted(f"The same command goes on from step {trainer.state.global_step:,} ({run.dir})")
     state = trainer.full_state()
-    processes.destroy_process_group()
     if not is_main:
         return False
     with run.timed("writing"):
@@ -301,6 +299,8 @@ def main(argv=None) -> None:
     is_main, n_processes = processes.is_main_process, args.num_processes or processes.num_processes
     if args.fsdp and n_processes == 1:
         raise UserError("--fsdp: shards over processes, and there is one. Start several with torchrun, or leave it out")
+    if args.fsdp and args.device == "cpu" and not args.dry_run:
+        raise UserError("--fsdp: accelerate shards over GPUs only, and the device is the CPU. Leave it out")
     n_accumulated = accumulation(args, n_processes)
     with processes.main_process_first():  # what is missing is made once
         base = find_model(args)

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,8 +223,8 @@ def test_several_processes_learn_the_same(n, alone, base, request, tmp_path):
 
 
 def test_it_goes_on_with_another_number_of_processes(alone, base, started, tmp_path):
-    """Sharded weights and states of two, then one, then two that hold all."""
-    ended, shown = started(2, [*base, "--fsdp"], tmp_path / "out", in_a_step)
+    """Two, then one, then two again."""
+    ended, shown = started(2, base, tmp_path / "out", in_a_step)
     assert ended == [-signal.SIGKILL] * 2, shown
     ended, shown = started(1, base, tmp_path / "out", in_a_step)  # its tenth step is the sixteenth
     assert ended == [-signal.SIGKILL] and "/checkpoint-6\n" in shown[0], shown
@@ -233,6 +234,7 @@ def test_it_goes_on_with_another_number_of_processes(alone, base, started, tmp_p
     assert same_zeros(zeros(only_run(tmp_path / "out") / "model"), zeros(alone[0] / "model"))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate shards over GPUs only, and there are no two")
 def test_sharded_is_as_whole(alone, pair, base, started, tmp_path):
     """And where both processes are killed in a step, the same command goes on exactly."""
     argv = [*base, "--fsdp"]
@@ -798,6 +800,12 @@ def place(name, folder, tiny):
     elif name.startswith("PRUNED"):
         return tiny / name.replace("PRUNED", "pruned")
     return folder / name
+
+
+def test_sharding_on_the_cpu_is_refused(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_dense, "PartialState", lambda cpu: SimpleNamespace(is_main_process=True, num_processes=2))
+    assert as_program([*base, "--fsdp", "--out_dir", tmp_path]) == 2
+    assert capsys.readouterr().err.startswith("error: --fsdp: accelerate shards over GPUs only")
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=lambda value: joined(value) if isinstance(value, list) else "")

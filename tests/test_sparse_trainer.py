@@ -8,8 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from common import sparse_trainer
@@ -220,6 +223,30 @@ def test_names_without_wrappers():
         assert plain_name(wrapped) == "a.b.weight", wrapped
     for kept in ("a.b.weight", "a.modules.b", "my_module.b", "a.module_list.0"):
         assert plain_name(kept) == kept
+
+
+@pytest.mark.parametrize("kind", ["blocks", "unstructured"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 9])
+def test_masks_of_shards(n, kind):
+    """Every process's rows as FSDP2 cuts them, also where that is in the midst of blocks, and where none are left."""
+    weight = drawn(40, 24) * ~zeros_of(kind, 40, 24)
+    mask, found = Mask.of(weight), []
+    for rank in range(n):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=n)
+        try:
+            mesh = dist.init_device_mesh("cpu", (n,))
+            shard = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+            part = local_mask(mask, shard)
+            assert part.shape == tuple(shard.to_local().shape) and torch.equal(part.free(), shard.to_local() != 0)
+            assert torch.equal(part.zero_(torch.ones(part.shape)), (shard.to_local() != 0).float())
+            found.append(part.free())
+            whole = local_mask(mask, distribute_tensor(weight, mesh, [Replicate()], src_data_rank=None))
+            assert torch.equal(whole.free(), mask.free())
+            with pytest.raises(NotImplementedError, match="masks know whole rows only"):
+                local_mask(mask, distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None))
+        finally:
+            dist.destroy_process_group()
+    assert torch.equal(torch.cat(found), mask.free()) and len(found[-1]) == max(0, 40 - (n - 1) * math.ceil(40 / n))
 
 
 def test_a_mask_of_another_weight_is_refused(tmp_path):
