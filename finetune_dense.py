@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache
 from transformers import AutoModelForCausalLM
 
 from common import assets, checkpoint, data, eval_utils, finetuning, lora, memory_plan, runs, sparse_trainer, text, train_utils
-from common.blocks import layers_of
 from common.checkpoint import load_causal_lm
 from common.runs import Run, UserError, table
+from common.sharding import shard_
 from common.sparse_trainer import SparseTrainer
 
 PRESETS = [
@@ -48,7 +47,8 @@ PRESETS = [
     ("scheduler", "cosine", "cosine", "of the learning rate", ("linear", "cosine", "constant_with_warmup")),
     ("warmup", 0.03, 0.03, "share of the steps in which the learning rate rises", (0, 1)),
     ("weight_decay", 0.0, 0.0, "of the optimizer, on matrices", (0, 10)),
-    ("optim", "adamw", "adamw", "optimizer; adamw_8bit needs torchao", ("adamw", "adamw_8bit", "adafactor", "sgd")),
+    ("optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights) and adamw_8bit need torchao",
+     ("adamw", "adamw_stochastic", "adamw_8bit", "adafactor", "sgd")),
     ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
     ("lora_r", 8, 8, "rank of the adapters", (1, 10**4)),
     ("lora_alpha", 16.0, 16.0, "their scale is lora_alpha / lora_r", (1e-6, 10**6)),
@@ -62,7 +62,8 @@ SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "re
 NO_RESULT = (*runs.NO_RESULT, "dataset", "save", "dense_model", "eval_text", "token_length", "stride", "report_to", "fsdp",
              "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "gpu_memory", "num_processes",
              "device", "fast")  # fmt: skip
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit", "adafactor": "adafactor", "sgd": "sgd"}
+HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # what products are in where weights are in fp32
+TORCHAO = ("adamw_8bit", "adamw_stochastic")
 
 
 def find_model(args) -> assets.Asset:
@@ -118,19 +119,16 @@ def memory(args, outline, teacher, n_processes: int) -> None:
         sys.exit(3)
 
 
-def training_arguments(args, run: Run, layer: str, total: int, n_accumulated: int) -> finetuning.TrainingArguments:
+def training_arguments(args, run: Run, total: int, n_accumulated: int) -> finetuning.TrainingArguments:
     every = max(1, -(-total // args.n_evaluations))
     made = finetuning.TrainingArguments(
         output_dir=str(run.checkpoint_dir), run_name=run.dir.name, seed=args.seed, data_seed=args.seed, max_steps=total,
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=n_accumulated, learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay, lr_scheduler_type=args.scheduler, warmup_steps=round(args.warmup * total),
-        optim=OPTIMIZERS[args.optim], optim_args="bf16_stochastic_round=True" if args.optim == "adamw_8bit" else None,
-        max_grad_norm=1.0, bf16=args.precision == "bf16-mixed", fp16=args.precision == "16-mixed",
-        use_cpu=args.device == "cpu", ddp_find_unused_parameters=False, torch_compile=args.compile,
-        activation_checkpointing=args.gradient_checkpointing and not args.fsdp,
-        fsdp=args.fsdp or None, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [layer],
-                                             "activation_checkpointing": args.gradient_checkpointing} if args.fsdp else None,
+        gradient_accumulation_steps=n_accumulated, learning_rate=args.learning_rate, weight_decay=args.weight_decay,
+        lr_scheduler_type=args.scheduler, warmup_steps=round(args.warmup * total), max_grad_norm=1.0,
+        optim=args.optim if args.optim in ("adafactor", "sgd") else "adamw_torch_fused", torch_compile=args.compile,
+        bf16=args.precision == "bf16-mixed", fp16=args.precision == "16-mixed", use_cpu=args.device == "cpu",
+        ddp_find_unused_parameters=False, activation_checkpointing=args.gradient_checkpointing,
         logging_steps=10, logging_nan_inf_filter=False, log_level="error", log_level_replica="error", disable_tqdm=True,
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
@@ -142,9 +140,8 @@ def training_arguments(args, run: Run, layer: str, total: int, n_accumulated: in
 
 def load_trained(args, base: Path):
     """The model as it is trained, on the CPU, and its masks. LoRA: fp32 adapters on a frozen model, in half precision."""
-    half = torch.float16 if args.precision == "16-mixed" else torch.bfloat16
     wide = args.precision == "32" or (args.method == "full" and args.precision != "bf16")
-    model = load_causal_lm(base, torch.float32 if wide else half)
+    model = load_causal_lm(base, torch.float32 if wide else HALVES.get(args.precision, torch.bfloat16))
     model.config.use_cache = False
     if args.method == "full":
         return model, sparse_trainer.masks_of(model)
@@ -152,30 +149,32 @@ def load_trained(args, base: Path):
     return lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.merge == "sparse"), {}
 
 
-def train(args, base: Path, outline, streams, tokenizer, run: Run, processes: PartialState, total: int, target: Path) -> bool:
-    """Train and write the model. False on all processes but the first, which goes on alone."""
-    is_main, layer = processes.is_main_process, type(layers_of(outline)[0]).__name__
+def train(args, base: Path, streams, run: Run, processes: PartialState, total: int, target: Path):
+    """The trainer's state at the end and, on the first process, the trained weights; None where it was stopped before."""
+    is_main = processes.is_main_process
     model, masks = load_trained(args, base)
+    sparsity, n = sparse_trainer.check_sparsity(model), sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if args.fsdp:
+        shard_(model, args.device, HALVES.get(args.precision))
     if teacher := load_causal_lm(args.distill_from) if args.distill_from else None:
         teacher.to(processes.device).requires_grad_(False).eval()
     windows = {split: finetuning.Windows(streams[split], args.block_size, n or None)
                for split, n in (("train", args.max_train_samples), ("validation", args.max_eval_samples))}  # fmt: skip
     windows["train"].drop_rest_(args.effective_batch_size)  # every step is a whole one
-    arguments = training_arguments(args, run, layer, total, accumulation(args, processes.num_processes))
+    arguments = training_arguments(args, run, total, accumulation(args, processes.num_processes))
     with runs.stop_requests() as requested, run.timed("training") if is_main else nullcontext():
         stop = finetuning.StopTogether(requested, args.save_every)
         trainer = SparseTrainer(
             model=model, args=arguments, train_dataset=windows["train"], eval_dataset=windows["validation"], masks=masks,
             teacher=teacher, distill_weight=args.distill_weight, temperature=args.temperature,
+            optimizer_cls_and_kwargs=finetuning.of_torchao(args.optim, args.learning_rate) if args.optim in TORCHAO else None,
             callbacks=[stop, finetuning.Console(run if is_main else None),
                        finetuning.EarlyStoppingCallback(args.patience, args.min_delta)])  # fmt: skip
-        for callback in finetuning.CHATTY:
-            trainer.remove_callback(callback)
+        finetuning.quiet_(trainer)
         resumed = sparse_trainer.last_checkpoint(run.checkpoint_dir, drop=shutil.rmtree if is_main else None)
         processes.wait_for_everyone()
         if is_main:
-            sparsity, n = sparse_trainer.check_sparsity(model), sum(p.numel() for p in model.parameters())
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             run.record |= {"status": "running", "sparsity": {"before": sparsity}, "student_dir": base, "model_dir": target}
             run.record |= {"dense_dir": dense} if (dense := find_dense(args, base)) else {}
             run.record.pop("metrics", None)
@@ -183,21 +182,12 @@ def train(args, base: Path, outline, streams, tokenizer, run: Run, processes: Pa
                   f"Initial model sparsity: {sparsity:.4f}\nTrainable params: {trained:,} || All params: {n:,} || "
                   f"Trainable%: {100 * trained / n:.2f}\n{f'resumed from {resumed}' if resumed else ''}", flush=True)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-            raise runs.Interrupted(f"The same command goes on from step {trainer.state.global_step:,} ({run.dir})")
-    state = trainer.full_state()
-    if not is_main:
-        return False
-    with run.timed("writing"):
-        write(args, state, base, target, tokenizer, run)
-    trainer.state.save_to_json(str(target / "trainer_state.json"))
-    run.record["best"] = {"step": trainer.state.best_global_step, "validation_loss": trainer.state.best_metric}
-    run.save()  # an evaluation that is killed does not take the training with it
-    return True
+        stopped = stop.stopped and trainer.state.global_step < trainer.state.max_steps
+        return trainer.state, None if stopped else trainer.full_state()
 
 
-def write(args, state: dict, base: Path, target: Path, tokenizer, run: Run) -> None:
-    """The trained weights as a model directory, in the dtype of the one they came from; its zeros are counted after reload."""
+def write(args, ended, state: dict, base: Path, target: Path, tokenizer, run: Run) -> None:
+    """What train() returned as a model directory, in the dtype of the one it came from; its zeros are counted after reload."""
     stored = load_causal_lm(base)
     before, masks = sparse_trainer.layer_sparsity(stored), sparse_trainer.masks_of(stored)
     model = load_causal_lm(base, torch.float32)
@@ -217,6 +207,9 @@ def write(args, state: dict, base: Path, target: Path, tokenizer, run: Run) -> N
               f"{sparse_trainer.check_sparsity(reloaded):.4f}")  # fmt: skip
     run.record["sparsity"] |= {"after": sparse_trainer.check_sparsity(reloaded), "zeros_lost": lost}
     run.record["projections"] = [{"name": name, "sparsity_before": before[name], "sparsity": after[name]} for name in after]
+    ended.save_to_json(str(target / "trainer_state.json"))
+    run.record["best"] = {"step": ended.best_global_step, "validation_loss": ended.best_metric}
+    run.save()  # an evaluation that is killed does not take the training with it
 
 
 def perplexities(args, directories: dict[str, Path], device) -> tuple[dict, dict]:
@@ -265,7 +258,7 @@ def parse_args(argv):
     if args.precision == "auto" and args.device == "cuda" and torch.cuda.is_bf16_supported():
         args.precision = "bf16-mixed"  # the states of language models can be too large for fp16
     args.precision = args.precision if args.precision == "bf16" else train_utils.resolve_precision(args.precision, device)
-    for needed, flag in (("torchao", args.optim == "adamw_8bit" and "--optim adamw_8bit"),
+    for needed, flag in (("torchao", args.optim in TORCHAO and f"--optim {args.optim}"),
                          (args.report_to, args.report_to != "none" and f"--report_to {args.report_to}")):  # fmt: skip
         if flag:
             runs.require(needed, flag)
@@ -299,8 +292,8 @@ def main(argv=None) -> None:
     is_main, n_processes = processes.is_main_process, args.num_processes or processes.num_processes
     if args.fsdp and n_processes == 1:
         raise UserError("--fsdp: shards over processes, and there is one. Start several with torchrun, or leave it out")
-    if args.fsdp and args.device == "cpu" and not args.dry_run:
-        raise UserError("--fsdp: accelerate shards over GPUs only, and the device is the CPU. Leave it out")
+    if args.fsdp and args.optim in ("adamw_8bit", "adafactor"):
+        raise UserError(f"--optim {args.optim}: cannot step on --fsdp's pieces. Expected adamw, adamw_stochastic or sgd")
     n_accumulated = accumulation(args, n_processes)
     with processes.main_process_first():  # what is missing is made once
         base = find_model(args)
@@ -319,6 +312,8 @@ def main(argv=None) -> None:
 text         {source.record["name"]}, {len(streams["train"]):,} tokens in windows of {args.block_size}
 training     {args.method}, {total:,} steps of {args.effective_batch_size} windows ({batch})
 running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled" * args.compile}""", flush=True)
+        if (args.precision, args.optim) == ("bf16", "adamw"):
+            print("note: bf16 weights round AdamW's small updates away; --optim adamw_stochastic does not", flush=True)
     if args.dry_run:
         memory(args, outline, teacher, n_processes)
         return
@@ -331,12 +326,16 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
         processes.wait_for_everyone()
         if is_main:
             print(f"fine-tuning: {run.dir}{' (trained before; --resume never starts anew)' if done else ''}", flush=True)
-        if not done and not train(args, base.path, outline, streams, tokenizer, run, processes, total, target):
-            return
+        ended, weights = (None, {}) if done else train(args, base.path, streams, run, processes, total, target)
+        finetuning.part()  # the first process goes on alone
+        if weights is None:
+            raise runs.Interrupted(f"The same command goes on from step {ended.global_step:,} ({run.dir})")
+        if weights:
+            with run.timed("writing"):
+                write(args, ended, weights, base.path, target, tokenizer, run)
         if is_main and "metrics" not in run.record:
             dense = run.record.get("dense_dir")
             models = ({"dense": Path(dense)} if dense else {}) | {"pruned": base.path} | sibling(args, base.path, run)
-            clear_device_cache(garbage_collection=True)  # the trainer is gone, and its model with it
             with run.timed("measuring"):
                 run.record["metrics"], run.record["evaluation"] = perplexities(args, models | {args.method: target}, device)
             checkpoint.drop(run.checkpoint_dir)

@@ -106,8 +106,7 @@ def make_trainer(kind: str, size: str, pattern: str, args, folder: str):
     clock = Clock(torch.device(args.device))
     trainer = TRAINERS[kind](model=model, args=arguments, train_dataset=finetuning.Windows(stream, args.block_size),
                              callbacks=[clock])  # fmt: skip
-    for callback in finetuning.CHATTY:
-        trainer.remove_callback(callback)
+    finetuning.quiet_(trainer)
     return trainer, clock
 
 

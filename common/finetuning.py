@@ -7,14 +7,14 @@ import math
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from common.runs import Run, UserError
 
-__all__ = ["CHATTY", "Console", "EarlyStoppingCallback", "StopTogether", "TrainingArguments", "Windows"]  # two of transformers'
-CHATTY = (PrinterCallback, ProgressCallback)  # what Console takes the place of
+__all__ = ["Console", "EarlyStoppingCallback", "StopTogether", "TrainingArguments", "Windows", "of_torchao", "part", "quiet_"]
 
 
 class Windows(Dataset):
@@ -43,6 +43,22 @@ class Windows(Dataset):
         start = self.starts[i]
         ids = torch.from_numpy(np.asarray(self.stream[start : start + self.length], np.int64))
         return {"input_ids": ids, "labels": ids}
+
+
+def part() -> None:
+    """End what processes have in common; each goes on, or ends, alone. For when no trainer is held any more: DDP that outlives
+    its process group can wait for ever, and a group that outlives Python can abort the process.
+    """
+    clear_device_cache(garbage_collection=True)
+    if dist.is_initialized():
+        dist.barrier()  # nobody closes a connection that another one still reads
+        dist.destroy_process_group()
+
+
+def quiet_(trainer) -> None:
+    """Take away what Console stands for."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
 
 
 class Console(TrainerCallback):
@@ -83,6 +99,18 @@ class Console(TrainerCallback):
             perplexity, sparsity = shown["perplexity"], shown["sparsity"]
             tqdm.write(f"Step {state.global_step}: validation perplexity={perplexity:.2f} sparsity={sparsity:.4f}")
             self.run.log(state.global_step, "training", validation_perplexity=perplexity, sparsity=sparsity)
+
+
+def of_torchao(name: str, learning_rate: float) -> tuple[type, dict]:
+    """torchao's AdamW, for a Trainer's `optimizer_cls_and_kwargs`: adamw_stochastic, or adamw_8bit with moments of 8 bits.
+
+    Both round bf16 weights up or down at random, in proportion, so that updates smaller than a bf16 step add up
+    (arXiv 2010.06192); plain AdamW in bf16 rounds them away.
+    """
+    from torchao.optim.adam import AdamW8bit, _AdamW
+
+    kinds = {"adamw_stochastic": _AdamW, "adamw_8bit": AdamW8bit}
+    return kinds[name], {"lr": learning_rate, "bf16_stochastic_round": True}
 
 
 class StopTogether(TrainerCallback):

@@ -14,7 +14,7 @@ from common.blocks import blocks_of, layers_of
 
 GIB = 2**30
 FRAMEWORK = GIB  # CUDA's context, and the workspaces of cuBLAS and cuDNN
-MOMENTS = {"adamw": 2, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}  # an optimizer's states of a weight's own shape
+MOMENTS = {"adamw": 2, "adamw_stochastic": 2, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}  # states like a weight
 MOST_GPUS = 64  # that advice() thinks of
 
 # Tensors of a block's width that its backward needs, beside those of the FFN's, in the precision of the products:
@@ -76,12 +76,14 @@ def advice(outline, *, gpu_bytes: int, **chosen) -> list[str]:
         return needed <= gpu_bytes
 
     least = chosen.get("n_processes", 1) + bool(chosen.get("fsdp"))
+    whole = {"optim": "adamw"} if chosen["optim"] in ("adamw_8bit", "adafactor") else {}  # those cannot step on pieces
+    flags = "--fsdp" + " --optim adamw" * bool(whole)
     for n in (2**i for i in range(1, MOST_GPUS.bit_length())):
-        if n >= least and fits(f"FSDP over {n} GPUs (--fsdp)", fsdp=True, n_processes=n):
+        if n >= least and fits(f"FSDP over {n} GPUs ({flags})", fsdp=True, n_processes=n, **whole):
             break
     if not chosen.get("checkpointing", True):
         fits("gradient checkpointing (--gradient_checkpointing)", checkpointing=True)
-    if chosen["optim"] == "adamw":
+    if chosen["optim"] in ("adamw", "adamw_stochastic") and not chosen.get("fsdp"):
         fits("8-bit AdamW (--optim adamw_8bit)", optim="adamw_8bit")
     if chosen["method"] == "full":
         fits("LoRA (--method lora)", method="lora")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,13 +19,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
-from common import distill
+from common import distill, sharding
 from common.blocks import FAMILIES, blocks_of
+from common.runs import UserError
 
 BLOCKS = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))  # sizes that are looked for, beside those that are named
 AT_ONCE = {"cpu": 2**16, "cuda": 2**24}  # weights whose bits are unpacked together; what fits a CPU's cache is fastest
 KEEPS_ZEROS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # a weight, gradient and state of zero stay zero
+WHOLE, SHARDS = "whole", "shards"  # in a checkpoint: says that nothing is missing; the pieces of FSDP
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
 
 
@@ -126,9 +130,10 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def masks_of(model: nn.Module, blocks: tuple[tuple[int, int], ...] = BLOCKS) -> dict[str, Mask]:
-    """The masks of all prunable weights that have a zero, by name."""
+    """The masks of all prunable weights that have a zero, by name. Under FSDP all processes have to call it."""
     with torch.no_grad():
-        return {name: Mask.of(weight, blocks) for name, weight in prunable_weights(model).items() if not weight.all()}
+        weights = {name: sharding.whole(weight) for name, weight in prunable_weights(model).items()}
+        return {name: Mask.of(weight, blocks) for name, weight in weights.items() if not weight.all()}
 
 
 def layer_sparsity(model: nn.Module) -> dict[str, float]:
@@ -199,6 +204,7 @@ class SparseTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.masks = masks_of(self.model) if masks is None else masks
         self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
+        self.is_sharded = self.is_distributed_loading_by_transformers = sharding.is_sharded(self.model)  # then left as it is
         self._masked: list[tuple[nn.Parameter, Mask]] | None = None
 
     def _place_masks(self, model: nn.Module) -> list[tuple[nn.Parameter, Mask]]:
@@ -245,18 +251,38 @@ class SparseTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sharding.reshard_(self.model)
         if (loss := output.metrics.get(f"{metric_key_prefix}_loss")) is not None:
             output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
         output.metrics[f"{metric_key_prefix}_sparsity"] = check_sparsity(self.accelerator.unwrap_model(self.model))
         return output
 
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self):
+        """Of the forwards that a step accumulates only the last sums gradients over the processes."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
     # ------------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, output_dir=None, state_dict=None):
         """The model alone; no tokenizer, and no pickle of the arguments, in every checkpoint."""
-        if self.args.should_save:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_sharded:
+            sharding.save(folder / SHARDS / "weights", sharding.trained(self.model))
+        elif self.args.should_save:
             unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            unwrapped.save_pretrained(folder, state_dict=state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        sharding.save_optimizer(Path(output_dir) / SHARDS / "optimizer", self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model, trial):
         """As the Trainer's, and a file that says that the checkpoint is whole: what is killed on the way has none."""
@@ -267,15 +293,36 @@ class SparseTrainer(Trainer):
         if self.args.should_save:
             (folder / WHOLE).touch()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        shards = Path(resume_from_checkpoint) / SHARDS
+        if shards.is_dir() != self.is_sharded:
+            was, wanted = ("with", "add it") if shards.is_dir() else ("without", "leave it out")
+            raise UserError(f"{resume_from_checkpoint}: was saved {was} --fsdp: {wanted}, or start anew with --resume never")
+        if not self.is_sharded:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharding.load_(shards / "weights", sharding.trained(self.model))
+
+    def _load_best_model(self):
+        if not self.is_sharded:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.is_sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        sharding.load_optimizer_(Path(checkpoint) / SHARDS / "optimizer", self.model, self.optimizer.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def full_state(self) -> dict[str, torch.Tensor]:
         """All weights on the CPU, by plain name, on the first process (elsewhere nothing). All processes have to call it."""
-        state = self.accelerator.get_state_dict(self.model_wrapped if self.is_fsdp_enabled else self.model)
-        if not self.accelerator.is_main_process:
-            return {}
-        return {plain_name(name): value.detach().cpu() for name, value in state.items()}
+        state = {}
+        for name, value in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
+            value = sharding.whole(value)
+            if self.accelerator.is_main_process:
+                state[plain_name(name)] = value.cpu()
+        return state
 
 
-WHOLE = "whole"
 
 
 def last_checkpoint(directory: Path, drop: Callable[[Path], None] | None = None) -> Path | None:

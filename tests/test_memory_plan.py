@@ -76,6 +76,7 @@ def test_bf16_halves_weights_gradients_and_moments(small):
 
 @pytest.mark.parametrize(("optim", "expected"), [
     ("adamw", 8 * N),
+    ("adamw_stochastic", 8 * N),
     ("adamw_8bit", 2 * N),
     ("adafactor", 4 * (2 * (50 + 16) + 3 * (4 * (16 + 16) + 3 * (16 + 24) + 2 * 16) + 16)),
     ("sgd", None),
@@ -232,11 +233,11 @@ def test_advice_holds_by_the_same_estimate(llama_7b):
 
 def test_advice_names_only_other_ways(llama_7b):
     """Not the optimizer and the method that are chosen, and no fewer processes than there are."""
-    chosen = GUIDE | {"method": "lora", "optim": "adamw_8bit", "n_processes": 4, "fsdp": True}
+    chosen = GUIDE | {"method": "lora", "n_processes": 4, "fsdp": True}
     lines = advice(llama_7b, **chosen, gpu_bytes=80 * GIB)
     assert [line.split(",")[0] for line in lines] == ["would fit: FSDP over 8 GPUs (--fsdp)"]
-    lines = advice(llama_7b, **chosen | {"fsdp": False}, gpu_bytes=80 * GIB)
-    assert [line.split(",")[0] for line in lines] == ["would fit: FSDP over 4 GPUs (--fsdp)"]
+    lines = advice(llama_7b, **chosen | {"fsdp": False, "optim": "adamw_8bit"}, gpu_bytes=80 * GIB)
+    assert [line.split(",")[0] for line in lines] == ["would fit: FSDP over 4 GPUs (--fsdp --optim adamw)"]
 
 
 def test_advice_says_nothing_where_nothing_fits(llama_7b):
