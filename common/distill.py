@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from common.blocks import Block
 
+TOKENS_AT_ONCE = 256  # of token_kd_loss
+
 
 def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
     """T^2 KL(teacher || student) of softened outputs, in nats a example, computed in fp32.
@@ -22,6 +24,32 @@ def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: flo
     student = functional.log_softmax(logits.float() / temperature, -1)
     teacher = functional.log_softmax(teacher_logits.float() / temperature, -1)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+class _TokenKD(torch.autograd.Function):
+    """`token_kd_loss`; its gradient is made in the forward, where the softmaxes are there, and stored in the logits' dtype."""
+
+    @staticmethod
+    def forward(ctx, logits, teacher_logits, temperature):
+        grad, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        for i in range(0, len(logits), TOKENS_AT_ONCE):
+            student = (logits[i : i + TOKENS_AT_ONCE].float() / temperature).log_softmax(-1)
+            teacher = (teacher_logits[i : i + TOKENS_AT_ONCE].float() / temperature).log_softmax(-1)
+            wanted = teacher.exp()
+            total += (wanted * (teacher - student)).sum()
+            grad[i : i + TOKENS_AT_ONCE] = student.exp_().sub_(wanted).mul_(temperature / len(logits))
+        ctx.save_for_backward(grad)
+        return total * (temperature**2 / len(logits))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None
+
+
+def token_kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """`kd_loss` of large vocabularies, (tokens, V): in pieces, so that nothing of that size is made in fp32."""
+    return _TokenKD.apply(logits, teacher_logits, temperature)
 
 
 def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -240,10 +240,13 @@ class SparseTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.distill_weight < 1:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:  # no labels
+            loss, outputs = 0.0, model(input_ids=inputs["input_ids"])
         with torch.no_grad():
             theirs = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits  # (B, T, V)
-        kd = distill.kd_loss(outputs.logits[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1), self.temperature)
+        kd = distill.token_kd_loss(outputs.logits[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1), self.temperature)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # then nobody divides by the accumulation
             kd = kd / self.current_gradient_accumulation_steps
         loss = (1 - self.distill_weight) * loss + self.distill_weight * kd

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.distill import Teacher, feature_loss, kd_loss
+from common.distill import TOKENS_AT_ONCE, Teacher, feature_loss, kd_loss, token_kd_loss
 
 
 @pytest.fixture
@@ -51,6 +51,22 @@ def test_kd_loss_of_half_precision_is_computed_in_fp32(logits):
     assert loss.dtype == torch.float32 and torch.equal(loss, kd_loss(student.float(), teacher.float()))
     huge = torch.tensor([[3e4, -3e4]], dtype=torch.float16)
     assert kd_loss(huge, -huge).item() == pytest.approx(4 * 3e4)  # T^2 times a difference of 6e4 / T in the log-odds
+
+
+@pytest.mark.parametrize("n", [1, TOKENS_AT_ONCE, 2 * TOKENS_AT_ONCE + 3])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kd_loss_of_tokens_is_the_same_in_pieces(n, temperature):
+    generator = torch.Generator().manual_seed(n)
+    student, teacher = (torch.randn(n, 50, generator=generator) * 3 for _ in range(2))
+    found, ends = [], []
+    for loss in (kd_loss, token_kd_loss):
+        z = student.clone().requires_grad_()
+        value = loss(z, teacher, temperature)
+        (3 * value).backward()
+        found.append(value.detach())
+        ends.append(z.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-7)
 
 
 def test_feature_loss_by_hand():
