@@ -54,6 +54,7 @@ PRESETS = [
     ("lora_alpha", 16.0, 16.0, "their scale is lora_alpha / lora_r", (1e-6, 10**6)),
     ("lora_dropout", 0.05, 0.05, "before the adapters", (0, 0.9)),
     ("distill_weight", 0.5, 0.5, "share of --distill_from in the loss", (0, 1)),
+    ("hidden_weight", 0.0, 0.0, "of matching what each of its blocks gives, added", (0, 10**4)),
     ("temperature", 1.0, 1.0, "of distillation", (0.01, 1000)),
 ]
 SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "resume", "save_every", "seed", "device",
@@ -167,7 +168,7 @@ def train(args, base: Path, streams, run: Run, processes: PartialState, total: i
         stop = finetuning.StopTogether(requested, args.save_every)
         trainer = SparseTrainer(
             model=model, args=arguments, train_dataset=windows["train"], eval_dataset=windows["validation"], masks=masks,
-            teacher=teacher, distill_weight=args.distill_weight, temperature=args.temperature,
+            teacher=teacher, distill_weight=args.distill_weight, hidden_weight=args.hidden_weight, temperature=args.temperature,
             optimizer_cls_and_kwargs=finetuning.of_torchao(args.optim, args.learning_rate) if args.optim in TORCHAO else None,
             callbacks=[stop, finetuning.Console(run if is_main else None),
                        finetuning.EarlyStoppingCallback(args.patience, args.min_delta)])  # fmt: skip
@@ -272,9 +273,8 @@ def check(args, outline, source, streams, teacher) -> int:
     longest = data.n_positions(outline.config)
     if longest and args.block_size > longest:
         raise UserError(f"--block_size {args.block_size}: this {outline.config.model_type} model has {longest} positions")
-    if teacher is not None and teacher.config.vocab_size != outline.config.vocab_size:
-        raise UserError(f"--distill_from {args.distill_from}: its vocabulary has {teacher.config.vocab_size:,} tokens, "
-                        f"the model's {outline.config.vocab_size:,}. Expected the dense model that it was made of")  # fmt: skip
+    if teacher is not None:
+        finetuning.check_teacher(outline, teacher, f"--distill_from {args.distill_from}", args.hidden_weight)
     n_windows = len(finetuning.Windows(streams["train"], args.block_size, args.max_train_samples or None))
     if n_windows < args.effective_batch_size:
         raise UserError(f"{source.path}: {n_windows} windows of {args.block_size} tokens, less than a step of "

@@ -54,7 +54,8 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one block. A head group is one KV head with all its query heads (one head where there is no GQA).
+    """The attention of one block. A head group is one KV head with all its query heads (one head where there is no GQA), or
+    with `queries` one query head, whose keys and values stay.
 
     q: (n_heads * head_dim, hidden), k and v: (n_kv_heads * head_dim, hidden), o: (hidden, n_heads * head_dim).
     """
@@ -65,6 +66,7 @@ class Attention:
     v: nn.Linear
     o: nn.Linear
     head_dim: int
+    queries: bool = False
 
     @property
     def n_heads(self) -> int:
@@ -73,6 +75,15 @@ class Attention:
     @property
     def n_kv_heads(self) -> int:
         return self.k.out_features // self.head_dim
+
+    @property
+    def n_groups(self) -> int:
+        return self.n_heads if self.queries else self.n_kv_heads
+
+    @property
+    def ins(self) -> tuple[nn.Linear, ...]:
+        """The projections of which a group owns rows."""
+        return (self.q,) if self.queries else (self.q, self.k, self.v)
 
 
 @dataclass(frozen=True)
@@ -127,15 +138,15 @@ def layers_of(model) -> nn.ModuleList:
     return model.base_model.get_submodule(family_of(model.config).layers)
 
 
-def blocks_of(model) -> list[Block]:
-    """The blocks of a `transformers` model, first to last, whatever head it carries."""
+def blocks_of(model, queries: bool = False) -> list[Block]:
+    """The blocks of a `transformers` model, first to last, whatever head it carries. queries: single query heads are groups."""
     family, head_dim = family_of(model.config), head_dim_of(model.config)
     blocks = []
     for layer in layers_of(model):
         attention = layer.get_submodule(family.attention)
         q, k, v = (attention.get_submodule(name) for name in family.qkv)
         ins = tuple(layer.get_submodule(name) for name in family.ffn_in)
-        blocks.append(Block(Attention(attention, q, k, v, layer.get_submodule(family.o), head_dim),
+        blocks.append(Block(Attention(attention, q, k, v, layer.get_submodule(family.o), head_dim, queries),
                             FeedForward(ins, layer.get_submodule(family.ffn_out))))  # fmt: skip
     return blocks
 
@@ -144,26 +155,25 @@ def blocks_of(model) -> list[Block]:
 
 
 def group_counts(blocks: list[Block]) -> dict[str, list[int]]:
-    """How many groups each layer has: head groups (KV heads) and neurons."""
-    return {"heads": [b.attention.n_kv_heads for b in blocks], "neurons": [b.ffn.n_neurons for b in blocks]}
+    """How many groups each layer has: head groups (KV heads; or query heads) and neurons."""
+    return {"heads": [b.attention.n_groups for b in blocks], "neurons": [b.ffn.n_neurons for b in blocks]}
 
 
 def group_costs(blocks: list[Block], budget: str = "parameters", length: int = 128) -> dict[str, list[float]]:
     """Cost of one group of each kind in each layer: its parameters, or its multiply-accumulates per token at `length`.
 
-    A head group costs its rows of q, k, v and its columns of o, and in MACs also 2 * length * head_dim per query head for
-    the attention products.
+    A head group costs its rows of q, k, v (or of q alone) and its columns of o, and in MACs also 2 * length * head_dim per
+    query head for the attention products.
     """
     costs: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for block in blocks:
         a, ffn = block.attention, block.ffn
-        ins = [a.q, a.k, a.v]
-        head = sum(linear.weight.numel() for linear in (*ins, a.o)) / a.n_kv_heads
+        head = sum(linear.weight.numel() for linear in (*a.ins, a.o)) / a.n_groups
         neuron = sum(linear.in_features for linear in ffn.ins) + ffn.out.out_features
         if budget == "macs":
-            head += 2 * length * a.head_dim * a.n_heads / a.n_kv_heads
+            head += 2 * length * a.head_dim * a.n_heads / a.n_groups
         else:
-            head += sum(linear.out_features for linear in ins if linear.bias is not None) / a.n_kv_heads
+            head += sum(linear.out_features for linear in a.ins if linear.bias is not None) / a.n_groups
             neuron += sum(linear.bias is not None for linear in ffn.ins)
         costs["heads"].append(float(head))
         costs["neurons"].append(float(neuron))
@@ -171,13 +181,12 @@ def group_costs(blocks: list[Block], budget: str = "parameters", length: int = 1
 
 
 def total_cost(blocks: list[Block], budget: str = "parameters", length: int = 128) -> float:
-    """Cost of all projections of all blocks, the biases that no group owns included: what a sparsity is a fraction of."""
-    costs, counts = group_costs(blocks, budget, length), group_counts(blocks)
-    total = sum(cost * n for kind in KINDS for cost, n in zip(costs[kind], counts[kind], strict=True))
-    if budget == "parameters":
-        shared = [linear.bias for block in blocks for linear in (block.attention.o, block.ffn.out)]
-        total += sum(bias.numel() for bias in shared if bias is not None)
-    return total
+    """Cost of all projections of all blocks, what no group owns included: what a sparsity is a fraction of."""
+    total = sum(linear.weight.numel() for block in blocks for linear in block.projections)
+    if budget == "macs":
+        return float(total + sum(2 * length * b.attention.head_dim * b.attention.n_heads for b in blocks))
+    biases = [linear.bias for block in blocks for linear in block.projections]
+    return float(total + sum(bias.numel() for bias in biases if bias is not None))
 
 
 # ---------------------------------------------------------------------------------------------- models of other shapes

@@ -57,17 +57,18 @@ def input_moments(block: Block, full: bool = True):
 
 
 @contextmanager
-def output_gradients(block: Block, fishers: dict[nn.Linear, torch.Tensor]):
-    """Inside, every backward through the block adds up G^T G of the gradients G at its projections' outputs."""
+def output_gradients(fishers: dict[nn.Linear, torch.Tensor]):
+    """Inside, every backward adds up G^T G of the gradients G at these projections' outputs: (out, out), or its diagonal."""
 
     def hook(module, args, output):
-        output.register_hook(lambda grad: add(fishers[module], grad.float().flatten(0, -2)))
+        if output.requires_grad:
+            output.register_hook(lambda grad: add(fishers[module], grad.float().flatten(0, -2)))
 
     def add(total, grad):
         with torch.autocast(grad.device.type, enabled=False):
             total.addmm_(grad.T, grad) if total.ndim == 2 else total.add_(grad.square().sum(0))
 
-    handles = [linear.register_forward_hook(hook) for linear in block.projections]
+    handles = [linear.register_forward_hook(hook) for linear in fishers]
     try:
         yield
     finally:
@@ -108,7 +109,7 @@ def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: i
         with lm.loaded(i) as block:
             fishers = {linear: torch.zeros((n, n) if n <= FULL_FISHER else (n,), device=lm.device)
                        for linear in block.projections for n in [linear.out_features]}  # fmt: skip
-            with input_moments(block, pattern is not None) as grams, output_gradients(block, fishers):
+            with input_moments(block, pattern is not None) as grams, output_gradients(fishers):
                 for b in range(len(grads)):
                     states = inputs[i][b].to(lm.device).clone().requires_grad_()
                     with torch.enable_grad():

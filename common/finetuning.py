@@ -14,7 +14,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from common.runs import Run, UserError
 
-__all__ = ["Console", "EarlyStoppingCallback", "StopTogether", "TrainingArguments", "Windows", "of_torchao", "part", "quiet_"]
+__all__ = ["Console", "EarlyStoppingCallback", "Epochs", "StopTogether", "TrainingArguments", "Windows", "of_torchao", "part",
+           "quiet_"]  # fmt: skip
 
 
 class Windows(Dataset):
@@ -55,6 +56,18 @@ def part() -> None:
         dist.destroy_process_group()
 
 
+def check_teacher(student, teacher, flag: str, hidden_weight: float) -> None:
+    """UserError where a teacher's predictions, or with `hidden_weight` its hidden states, are no pattern for a student's."""
+    ours, theirs = student.config, teacher.config
+    if theirs.vocab_size != ours.vocab_size:
+        raise UserError(f"{flag}: its vocabulary has {theirs.vocab_size:,} tokens, the model's {ours.vocab_size:,}. "
+                        "Expected the dense model that it was made of")  # fmt: skip
+    shapes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
+    if hidden_weight and shapes[0] != shapes[1]:
+        raise UserError(f"--hidden_weight {hidden_weight:g}: the teacher has {shapes[1][0]} blocks of width {shapes[1][1]}, "
+                        f"the model {shapes[0][0]} of {shapes[0][1]}. Use --hidden_weight 0")  # fmt: skip
+
+
 def quiet_(trainer) -> None:
     """Take away what Console stands for."""
     for callback in (PrinterCallback, ProgressCallback):
@@ -88,8 +101,11 @@ class Console(TrainerCallback):
             if not math.isfinite(logs.get(key, 0.0)):
                 raise UserError(f"{key} is {logs[key]} at step {state.global_step:,}. The last checkpoint is intact; start "
                                 "anew with a lower --learning_rate or --precision 32")  # fmt: skip
-        if self.run is None:
-            return
+        if self.run is not None:
+            self.show(args, state, logs)
+
+    def show(self, args, state, logs: dict) -> None:
+        """Print and keep what was logged at a step."""
         shown = {key.removeprefix("eval_"): value for key, value in logs.items() if isinstance(value, int | float)}
         if "loss" in logs:
             tqdm.write(f"Step {state.global_step}: loss={logs['loss']:.4f}")
@@ -99,6 +115,35 @@ class Console(TrainerCallback):
             perplexity, sparsity = shown["perplexity"], shown["sparsity"]
             tqdm.write(f"Step {state.global_step}: validation perplexity={perplexity:.2f} sparsity={sparsity:.4f}")
             self.run.log(state.global_step, "training", validation_perplexity=perplexity, sparsity=sparsity)
+
+
+class Epochs(Console):
+    """Console that counts in epochs of `per_epoch` steps, as `--finetune_epochs` does."""
+
+    def __init__(self, run: Run, per_epoch: int):
+        super().__init__(run)
+        self.per_epoch = per_epoch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.per_epoch == 0:
+            tqdm.write(f"epoch {state.global_step // self.per_epoch + 1}/{-(-state.max_steps // self.per_epoch)} begins")
+
+    def show(self, args, state, logs: dict) -> None:
+        if "loss" not in logs:
+            return
+        kept = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+        self.run.log(state.global_step, "training", **kept)
+        epoch, before = divmod(state.global_step - 1, self.per_epoch)
+        losses, last = [], epoch * self.per_epoch  # of this epoch, each a mean over the steps since the one before
+        for step, _, metric, value in self.run.history():
+            if metric == "loss" and step > epoch * self.per_epoch:
+                losses.append((step - last, value))
+                last = step
+        mean = sum(n * value for n, value in losses) / sum(n for n, _ in losses)
+        tqdm.write(f"  progress: {100 * (before + 1) // self.per_epoch}% | mean loss: {mean:.4f} | "
+                   f"LR: {kept['learning_rate']:.2e}")  # fmt: skip
+        if before + 1 == self.per_epoch:
+            tqdm.write(f"✅ epoch {epoch + 1} done, mean loss: {mean:.4f}")
 
 
 def of_torchao(name: str, learning_rate: float) -> tuple[type, dict]:

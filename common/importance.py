@@ -33,8 +33,8 @@ def l2_scores(blocks: list[Block], generator: torch.Generator | None = None) -> 
     """Squared L2 norm of all weights of a group, its rows in and its columns out. `generator`: as every score takes it."""
     scores: Scores = {kind: [] for kind in KINDS}
     for block in blocks:
-        a, groups = block.attention, block.attention.n_kv_heads
-        rows = [linear.weight.float().square().sum(1).view(groups, -1).sum(1) for linear in (a.q, a.k, a.v)]
+        a, groups = block.attention, block.attention.n_groups
+        rows = [linear.weight.float().square().sum(1).view(groups, -1).sum(1) for linear in a.ins]
         columns = a.o.weight.float().square().sum(0).view(groups, -1).sum(1)
         scores["heads"].append(sum(rows) + columns)
         rows = [linear.weight.float().square().sum(1) for linear in block.ffn.ins]
@@ -84,14 +84,19 @@ class GateRecorder:
         self._parts: dict[str, list[torch.Tensor | None]] = {}
         self._watch = True
         self.loss_scale: torch.Tensor | float = 1.0  # of fp16; divided out
-        self._window = torch.zeros(window, len(wanted), sum(self._groups), device=model.device)
+        self._window = torch.zeros(window, len(wanted), sum(self._groups), device=self._readers[0].weight.device)
         self._n_kept = 0
 
     @contextmanager
-    def recording(self):
-        """Hooks are on inside and gone outside, whatever happens inside."""
+    def recording(self, n_examples: int | None = None):
+        """Hooks are on inside and gone outside, whatever happens inside.
+
+        n_examples: of a batch without padding, where blocks are run without their model.
+        """
         self._parts = {name: [None] * len(self._readers) for name in self.wanted}
-        handles = [self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True)]
+        self._n_examples, handles = n_examples, []
+        if n_examples is None:
+            handles.append(self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True))
         handles += [reader.register_forward_pre_hook(self._note_input(i)) for i, reader in enumerate(self._readers)]
         try:
             yield self

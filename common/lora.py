@@ -34,14 +34,15 @@ class SparseLinear(Linear):
         return self.base_layer(x) + functional.linear(dropout(x), delta.to(x.dtype))
 
 
-def add_lora(model, r: int, alpha: float, dropout: float, sparse: bool):
+def add_lora(model, r: int, alpha: float, dropout: float, sparse: bool, only: tuple[str, ...] | None = None):
     """The model with an adapter on every projection of its blocks, as peft has it; all else is frozen.
 
-    sparse: adapters of SparseLinear. The adapters are fp32, their B is zero: the model still says what it said.
+    only: on those of these names. sparse: adapters of SparseLinear. The adapters are fp32, their B is zero: the model still
+    says what it said.
     """
     names = {module: name for name, module in model.named_modules()}
-    targets = sorted({names[linear].rpartition(".")[2] for block in blocks_of(model) for linear in block.projections})
     inside = {names[linear] for block in blocks_of(model) for linear in block.projections}
+    targets = sorted(last for last in {name.rpartition(".")[2] for name in inside} if only is None or last in only)
     if others := [name for name in names.values() if name.rpartition(".")[2] in targets and name not in inside]:
         raise UserError(f"LoRA: {others[0]} has the name of a projection, and is none of a block")
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")

@@ -169,12 +169,12 @@ def check_target(blocks: list[Block], sparsity: float, granularity: str, floor: 
 def _members(block: Block, heads: torch.Tensor, neurons: torch.Tensor):
     """Every parameter of a block that groups own: its module and name, the axis and the boolean index of their entries.
 
-    heads: (n_kv_heads,) and neurons: (n_neurons,), True for the entries asked for.
+    heads: (n_kv_heads,), or (n_heads,) where query heads go alone, and neurons: (n_neurons,), True for the entries asked for.
     """
     a, ffn = block.attention, block.ffn
-    queries = heads.repeat_interleave(a.n_heads // a.n_kv_heads * a.head_dim)
-    keys = heads.repeat_interleave(a.head_dim)
-    for linear, index in ((a.q, queries), (a.k, keys), (a.v, keys), *((linear, neurons) for linear in ffn.ins)):
+    queries, keys = heads.repeat_interleave(a.n_heads // len(heads) * a.head_dim), heads.repeat_interleave(a.head_dim)
+    ins = [(a.q, queries), *([(a.k, keys), (a.v, keys)] if len(heads) == a.n_kv_heads else [])]
+    for linear, index in (*ins, *((linear, neurons) for linear in ffn.ins)):
         yield linear, "weight", 0, index
         if linear.bias is not None:
             yield linear, "bias", 0, index
@@ -254,6 +254,7 @@ def pad_neurons_(model, multiple: int) -> int:
 @contextmanager
 def gram_matrices(model, blocks: list[Block]):
     """Inside, every forward adds X^T X of the inputs X of each o and each FFN output projection, padding left out.
+    model: None where blocks are run without it, and without padding.
 
     A forward with gradients adds at its backward, X^T diag(w) X: half of a token's weight w is one, the other half the squared
     gradient at the projection's output, over its mean in the batch. So what is fitted counts most where the loss feels it.
@@ -289,7 +290,7 @@ def gram_matrices(model, blocks: list[Block]):
 
         return hook
 
-    handles = [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
+    handles = [] if model is None else [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
     handles += [reader.register_forward_hook(note_output(gram)) for reader, gram in zip(readers, grams, strict=True)]
     try:
         yield grams
@@ -334,7 +335,7 @@ def refit_(blocks: list[Block], grams: list[torch.Tensor], keep: Keep) -> list[f
     errors = []
     for i, block in enumerate(blocks):
         a = block.attention
-        heads = keep["heads"][i].repeat_interleave(a.n_heads // a.n_kv_heads * a.head_dim)
+        heads = keep["heads"][i].repeat_interleave(a.n_heads // len(keep["heads"][i]) * a.head_dim)
         for linear, gram, kept in ((a.o, grams[i], heads), (block.ffn.out, grams[len(blocks) + i], keep["neurons"][i])):
             errors.append(0.0 if kept.all() else refit_linear_(linear, gram, kept))
     return errors

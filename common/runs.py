@@ -413,6 +413,34 @@ def finished_runs(out_dir: Path, experiment: str) -> list[tuple[Path, dict[str, 
 
 
 @contextmanager
+def logged_to(path: Path):
+    """Inside, what goes to standard output is also appended to a file."""
+
+    class Both:
+        def __init__(self, shown, file):
+            self._shown, self._file = shown, file
+
+        def write(self, text: str) -> int:
+            self._file.write(text)
+            return self._shown.write(text)
+
+        def flush(self) -> None:
+            self._file.flush()
+            self._shown.flush()
+
+        def __getattr__(self, name):
+            return getattr(self._shown, name)
+
+    shown = sys.stdout
+    with open(path, "a", encoding="utf-8") as file:
+        sys.stdout = Both(shown, file)
+        try:
+            yield
+        finally:
+            sys.stdout = shown
+
+
+@contextmanager
 def stop_requests():
     """Yields a function that says whether Ctrl+C or SIGTERM came; a second one, REPEATED seconds later or more, interrupts at
     once. Within that time it is the same wish: torchrun hands on to its processes the Ctrl+C that the terminal gave them too.

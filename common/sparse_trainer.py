@@ -196,14 +196,16 @@ class SparseTrainer(Trainer):
     too. Masks are of the model that is given here: it has to be the pruned one, also where a run is resumed.
 
     masks: by name, those of `masks_of(model)` if not given. teacher: a model on the device, for distillation of its
-    predictions: of the loss a share `distill_weight` is kd_loss at `temperature`.
+    predictions: of the loss a share `distill_weight` is kd_loss at `temperature`, and `hidden_weight` times
+    distill.states_loss, of what the blocks give, is added.
     """
 
     def __init__(self, *args, masks: dict[str, Mask] | None = None, teacher: nn.Module | None = None,
-                 distill_weight: float = 0.5, temperature: float = 1.0, **kwargs):  # fmt: skip
+                 distill_weight: float = 0.5, temperature: float = 1.0, hidden_weight: float = 0.0, **kwargs):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.masks = masks_of(self.model) if masks is None else masks
-        self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
+        self.teacher, self.distill_weight, self.hidden_weight = teacher, distill_weight, hidden_weight
+        self.temperature = temperature
         self.is_sharded = self.is_distributed_loading_by_transformers = sharding.is_sharded(self.model)  # then left as it is
         self._masked: list[tuple[nn.Parameter, Mask]] | None = None
 
@@ -240,16 +242,21 @@ class SparseTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = {**inputs, "output_hidden_states": self.hidden_weight > 0}
         if self.distill_weight < 1:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         else:  # no labels
-            loss, outputs = 0.0, model(input_ids=inputs["input_ids"])
+            loss, outputs = 0.0, model(**{name: value for name, value in given.items() if name != "labels"})
         with torch.no_grad():
-            theirs = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits  # (B, T, V)
-        kd = distill.token_kd_loss(outputs.logits[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1), self.temperature)
+            theirs = self.teacher(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=self.hidden_weight > 0)
+        logits = outputs.logits[:, :-1].flatten(0, 1), theirs.logits[:, :-1].flatten(0, 1)  # (B * (T - 1), V)
+        taught = self.distill_weight * distill.token_kd_loss(*logits, self.temperature)
+        if self.hidden_weight:
+            states = outputs.hidden_states[1:], theirs.hidden_states[1:]
+            taught += self.hidden_weight * distill.states_loss(*states, torch.ones_like(inputs["input_ids"]))
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # then nobody divides by the accumulation
-            kd = kd / self.current_gradient_accumulation_steps
-        loss = (1 - self.distill_weight) * loss + self.distill_weight * kd
+            taught = taught / self.current_gradient_accumulation_steps
+        loss = (1 - self.distill_weight) * loss + taught
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

@@ -1,0 +1,90 @@
+"""What a causal language model costs to run: prefill, decoding with a cache, and the cache itself."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common.blocks import blocks_of
+from common.checkpoint import load_causal_lm
+from common.data import load_tokenizer, n_positions
+from common.eval_utils import directory_bytes, evaluating, in_turns, macs_per_example, perplexity_on, scoring_dtype
+
+
+def cache_bytes_per_token(model, bytes_per_number: int | None = None) -> int:
+    """Bytes that the keys and values of one token take in the caches of all layers; by default in the model's own dtype."""
+    width = bytes_per_number or model.dtype.itemsize
+    return sum(2 * block.attention.k.out_features * width for block in blocks_of(model))
+
+
+def speeds(models: dict[str, torch.nn.Module], prompt: int, new: int, seconds: float = 3.0) -> dict[str, dict[str, float]]:
+    """Prefill and decoding of one sequence by models that take turns (eval_utils.in_turns), on their device and in their dtype.
+
+    prefill_ms: median milliseconds of a forward of `prompt` tokens that fills a cache. decode_tokens_per_second: greedy tokens
+    behind that prompt, one a forward, `new` of them, by the median.
+    """
+    device = next(iter(models.values())).device
+    ids = torch.randint(5, 100, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def prefill(model):
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def decode(model, filled):
+        token, cache = filled.logits[:, -1:].argmax(-1), filled.past_key_values
+        for _ in range(new):
+            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        cache.crop(-new)
+
+    modes = {name: model.training for name, model in models.items()}
+    try:
+        for model in models.values():
+            model.eval()
+        with torch.inference_mode():
+            filled = {name: prefill(model) for name, model in models.items()}
+            first = in_turns({name: partial(prefill, model) for name, model in models.items()}, seconds, device)
+            rest = in_turns({name: partial(decode, model, filled[name]) for name, model in models.items()}, seconds, device)
+    finally:
+        for name, model in models.items():
+            model.train(modes[name])
+    return {name: {"prefill_ms": statistics.median(first[name]) * 1e3,
+                   "decode_tokens_per_second": new / statistics.median(rest[name])} for name in models}  # fmt: skip
+
+
+def measure_causal_lms(directories: dict[str, Path], source, device: torch.device, token_length: int = 0, prompt: int = 128,
+                       new: int = 32, seconds: float = 2.0) -> tuple[dict[str, dict[str, float]], dict]:  # fmt: skip
+    """Everything a table of causal language models says, and how their perplexity was measured.
+
+    Perplexity on a prepared text's test split (eval_utils.perplexity_on), parameters (all, and of the blocks), bytes of the
+    directory, MACs of `prompt` tokens, bytes of cache a token as stored, prefill and decoding (`speeds`); for all but the first
+    sparsity: the share of the first's block parameters that is gone.
+    """
+    models = {name: load_causal_lm(directory, scoring_dtype(device)).to(device) for name, directory in directories.items()}
+    measured, how = {}, {}
+    prompt = min([prompt, *((n_positions(model.config) or prompt + new) - new for model in models.values())])
+    for name, model in models.items():
+        tokenizer, stored = load_tokenizer(directories[name], model.config), getattr(model.config, "dtype", None)
+        measured[name], how = perplexity_on(model, tokenizer, source, token_length, progress=f"perplexity, {name}")
+        measured[name] |= {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "block_parameters": sum(p.numel() for b in blocks_of(model) for part in b.projections for p in part.parameters()),
+            "bytes": directory_bytes(directories[name]),
+            "macs_per_example": macs_per_example(model, prompt),
+            "cache_bytes_per_token": cache_bytes_per_token(model, getattr(stored, "itemsize", None)),
+        }
+    for name, values in speeds(models, prompt, new, seconds).items():
+        measured[name] |= values
+    first, *rest = measured.values()
+    for values in rest:
+        values["sparsity"] = 1 - values["block_parameters"] / first["block_parameters"]
+    return measured, how | {"prompt": prompt, "new_tokens": new}
+
+
+def greedy(model, tokenizer, prompt: str, n: int = 40) -> str:
+    """A prompt continued by its most likely tokens."""
+    words = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with evaluating(model):
+        ids = model.generate(**words, max_new_tokens=n, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
