@@ -5,8 +5,9 @@
     python benchmarks/recovery.py --collect                   run nothing: the runs that are finished
 
 For each seed (of calibration text, order of the data, adapters): `main_block.py` prunes assets/tiny_llama by 16x16 blocks, and
-`finetune_dense.py` trains the pruned models and the dense one on the same windows for the same steps at the same settings; each
-keeps its best weights by validation loss. Perplexities are of the test split of the news, from the records. Runs that are
+`finetune_dense.py` trains the pruned models, which learn from the dense one's predictions and hidden states, and the dense one,
+by cross-entropy and at a lower rate (it has converged: a higher one makes it worse), on the same windows for the same steps.
+Each keeps its best weights by validation loss. Perplexities are of the test split of the news, from the records. Runs that are
 finished are not repeated.
 
 Writes benchmarks/results/recovery.json (every run: command, metrics) and .md.
@@ -28,15 +29,16 @@ from pruning_frontier import execute, met  # noqa: E402
 from common.runs import Parser, environment, read_json, run_script, table, write_atomic  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "recovery"
-# the model in the rows: flags of finetune_dense.py
-METHODS = {
-    "full": [],
-    "full, distilled": ["--distill_from", "{dense}", "--distill_weight", "1"],
-    "LoRA": ["--method", "lora"],
+DISTILLED = ["--distill_from", "{dense}", "--distill_weight", "1", "--hidden_weight", "10"]
+METHODS = {  # the model in the rows: flags of finetune_dense.py
+    "dense, trained as long": [],
+    "LoRA": ["--method", "lora", "--lora_dropout", "0", *DISTILLED],
+    "full": DISTILLED,
 }
-RATES = {"full": "5e-4", "full, distilled": "5e-4", "LoRA": "3e-3", "dense": "5e-4"}
-SETTINGS = ["--num_epochs", "1", "--batch_size", "4", "--effective_batch_size", "4", "--block_size", "512",
-            "--max_train_samples", "1600", "--max_eval_samples", "100", "--no_gradient_checkpointing"]  # fmt: skip
+RATES = {"dense, trained as long": {0.2: 3e-5, 0.5: 3e-5}, "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 5e-4, 0.5: 1.5e-3}}
+SETTINGS = ["--num_epochs", "1", "--batch_size", "4", "--effective_batch_size", "4", "--block_size", "512", "--n_evaluations",
+            "4", "--patience", "10", "--max_eval_samples", "100", "--no_gradient_checkpointing"]  # fmt: skip
+STEPS = {0.2: 400, 0.5: 1200}  # of 4 x 512 tokens
 WITHIN = {0.2: 0.01, 0.5: 0.05}  # of the perplexity of the dense model trained as long
 
 
@@ -52,37 +54,30 @@ def run(name: str, command: list[str], experiment: str, args) -> dict | None:
     return read_json(path) | {"shown": shown}
 
 
-def train(name: str, model: Path | str, method: str, seed: int, dense: Path, args) -> dict | None:
-    flags = [flag.format(dense=dense) for flag in METHODS.get(method, [])]
-    command = ["finetune_dense.py", "--model", str(model), "--dataset", "news", "--eval_text", "news", "--learning_rate",
-               RATES[method], "--seed", str(seed), *SETTINGS, *flags]  # fmt: skip
+def train(name: str, model: Path | str, method: str, sparsity: float, seed: int, dense: Path, args) -> dict | None:
+    flags = ["--learning_rate", f"{RATES[method][sparsity]:g}", *(flag.format(dense=dense) for flag in METHODS[method])]
+    command = ["finetune_dense.py", "--model", str(model), "--dataset", "news", "--eval_text", "news", "--seed", str(seed),
+               "--max_train_samples", str(4 * STEPS[sparsity]), *SETTINGS, *flags]  # fmt: skip
     record = run(name, command, "finetune", args)
     if record is None:
         return None
     trained = record["metrics"][record["config"]["method"]]
     print(f"  perplexity {trained['perplexity']:.2f}, sparsity {trained['sparsity']:.4f}", flush=True)
-    return {"command": record["shown"], "perplexity": trained["perplexity"], "sparsity": trained["sparsity"],
+    return {"sparsity_asked": sparsity, "method": method, "seed": seed, "steps": STEPS[sparsity], "command": record["shown"],
+            "perplexity": trained["perplexity"], "sparsity": trained["sparsity"],
             "before": record["metrics"]["pruned"]["perplexity"], "seconds": record["timings"]["training"]}  # fmt: skip
 
 
-def measure(seed: int, args) -> list[dict]:
-    """All rows of one seed."""
-    dense_dir = REPOSITORY / "assets" / "tiny_llama"
-    rows = []
-
-    def add(sparsity: float, method: str, name: str, model) -> None:
-        if row := train(name, model, method, seed, dense_dir.relative_to(REPOSITORY), args):
-            rows.append({"sparsity_asked": sparsity, "method": method, "seed": seed} | row)
-
-    add(0.0, "dense", f"recovery-dense-seed{seed}", "tiny_llama")
-    for sparsity in args.sparsities:
-        name = f"recovery-{sparsity:g}-seed{seed}"
-        command = ["main_block.py", "--prune_method", args.prune_method, "--sparsity_type", "block", "--sparsity_ratio",
-                   f"{sparsity:g}", "--calibration", "news", "--seed", str(seed)]  # fmt: skip
-        pruned = run(name, command, "one_shot", args)
-        for method in METHODS if pruned else ():
-            add(sparsity, method, f"{name}-{method.replace(', ', '-')}", Path(pruned["model_dir"]))
-    return rows
+def measure(sparsity: float, seed: int, args) -> list[dict]:
+    """All rows of one sparsity and seed."""
+    dense, rows, name = (REPOSITORY / "assets" / "tiny_llama").relative_to(REPOSITORY), [], f"recovery-{sparsity:g}-seed{seed}"
+    command = ["main_block.py", "--prune_method", args.prune_method, "--sparsity_type", "block", "--sparsity_ratio",
+               f"{sparsity:g}", "--calibration", "news", "--seed", str(seed)]  # fmt: skip
+    pruned = run(name, command, "one_shot", args)
+    for method in args.methods if pruned else ():
+        model = "tiny_llama" if method.startswith("dense") else Path(pruned["model_dir"])
+        rows.append(train(f"{name}-{method.split(',')[0]}", model, method, sparsity, seed, dense, args))
+    return [row for row in rows if row]
 
 
 def spread(values: list[float]) -> str:
@@ -91,49 +86,52 @@ def spread(values: list[float]) -> str:
 
 def tables(record: dict) -> str:
     rows = record["runs"]
-
-    def of(sparsity: float, method: str) -> list[dict]:
-        return [row for row in rows if (row["sparsity_asked"], row["method"]) == (sparsity, method)]
-
-    dense = of(0.0, "dense")
-    lines = [["sparsity", "model", "perplexity", "against the dense model trained as long", "allowed", "met", "minutes"]]
-    lines.append(["0", "dense", spread([row["before"] for row in dense[:1]]), "", "", "", ""])
-    lines.append(["0", "dense, trained as long", spread([row["perplexity"] for row in dense]), "", "", "",
-                  f"{statistics.mean(row['seconds'] for row in dense) / 60:.1f}"])  # fmt: skip
-    orders, as_long = [], statistics.mean(row["perplexity"] for row in dense)
-    for sparsity in sorted({row["sparsity_asked"] for row in rows if row["sparsity_asked"]}):
-        measured = {"pruned": [row["before"] for row in of(sparsity, "full")]}
-        measured |= {m: [row["perplexity"] for row in of(sparsity, m)] for m in ("LoRA", "full", "full, distilled")}
-        for method, values in measured.items():
-            if not values:
+    lines = [["sparsity", "model", "seeds", "steps", "perplexity", "against dense, as long", "allowed", "met", "minutes"]]
+    orders = []
+    for sparsity in sorted({row["sparsity_asked"] for row in rows}):
+        of = {method: {row["seed"]: row for row in rows if (row["sparsity_asked"], row["method"]) == (sparsity, method)}
+              for method in METHODS}  # fmt: skip
+        values = {method: {seed: row["perplexity"] for seed, row in found.items()} for method, found in of.items()}
+        before = {method: {seed: row["before"] for seed, row in found.items()} for method, found in of.items()}
+        dense, lora, full = values.values()
+        shown = {"dense": before["dense, trained as long"], "dense, trained as long": dense,
+                 "pruned": before["full"], "LoRA": lora, "full": full}  # fmt: skip
+        for method, found in shown.items():
+            if not found:
                 continue
-            some = of(sparsity, method)
-            against = statistics.mean(values) / as_long - 1
-            allowed = WITHIN.get(sparsity) if method == "full" else None
-            lines.append([f"{sparsity:.2f}", method, spread(values), f"{against:+.1%}",
-                          "" if allowed is None else f"{allowed:+.0%}",
-                          "" if allowed is None else met(against <= allowed + 1e-9),
-                          f"{statistics.mean(row['seconds'] for row in some) / 60:.1f}" if some else ""])  # fmt: skip
-        holds = all(a > b > c for a, b, c in zip(measured["pruned"], measured["LoRA"], measured["full"], strict=True))
-        orders.append(f"at {sparsity:g} it {'holds' if holds else 'does not hold'} for every seed")
-    where, n = record["environment"], len({row["seed"] for row in rows})
-    return (f"{table(lines, markdown=True)}\n\nThe order pruned > LoRA > full: {'; '.join(orders)}. Mean ± standard deviation "
-            f"over {n} seeds; the same windows and steps for all. {where['threads']} threads, {where['cpu']}.\n")  # fmt: skip
+            shared = sorted(set(found) & set(dense))
+            mean = statistics.mean(found[seed] for seed in shared) / statistics.mean(dense[seed] for seed in shared) - 1
+            against = "" if method.startswith("dense") or not shared else f"{mean:+.1%}"
+            allowed = WITHIN[sparsity] if method == "full" else None
+            trained = list(of.get(method, {}).values())
+            lines.append([f"{sparsity:g}", method, len(found), trained[0]["steps"] if trained else "",
+                          spread(list(found.values())), against, "" if allowed is None else f"{allowed:+.0%}",
+                          "" if allowed is None else met(mean <= allowed + 1e-9),
+                          f"{statistics.mean(row['seconds'] for row in trained) / 60:.1f}" if trained else ""])  # fmt: skip
+        shared = sorted(set(full) & set(lora))
+        holds = sum(before["full"][seed] > lora[seed] > full[seed] for seed in shared)
+        orders.append(f"at {sparsity:g} for {holds} of {len(shared)} seeds")
+    where = record["environment"]
+    return (f"{table(lines, markdown=True)}\n\nPerplexity, mean ± standard deviation over the seeds. The order pruned > LoRA > "
+            f"full holds {', '.join(orders)}. {where['threads']} threads, {where['cpu']}.\n")  # fmt: skip
 
 
 def main(argv=None) -> None:
     parser = Parser(__doc__, shared=("data_dir", "out_dir"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=list(WITHIN), help="[0.2 0.5]")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(STEPS), help="[0.2 0.5]")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]")
     parser.add_argument("--prune_method", default="kfac", help="of main_block.py [kfac]")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     args = parser.parse_args(argv)
     rows = []
-    for seed in args.seeds:
-        rows += measure(seed, args)
-        record = {"command": "python benchmarks/recovery.py", "environment": environment(), "runs": rows}
-        write_atomic(RESULTS.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-        write_atomic(RESULTS.with_suffix(".md"), tables(record))
+    for sparsity in args.sparsities:
+        for seed in args.seeds:
+            rows += measure(sparsity, seed, args)
+            record = {"command": "python benchmarks/recovery.py", "environment": environment(), "runs": rows}
+            if len(rows) > 1:
+                write_atomic(RESULTS.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+                write_atomic(RESULTS.with_suffix(".md"), tables(record))
     print(tables(record))
 
 
