@@ -42,15 +42,15 @@ STEPS = {0.2: 400, 0.5: 1200}  # of 4 x 512 tokens
 WITHIN = {0.2: 0.01, 0.5: 0.05}  # of the perplexity of the dense model trained as long
 
 
-def run(name: str, command: list[str], experiment: str, args) -> dict | None:
-    """The record of one finished run, which is made if it is not there; None with --collect."""
+def run(name: str, command: list[str], experiment: str, args, flag: str = "--run_name") -> dict | None:
+    """The record of one finished run, which is made if it is not there; None with --collect. flag: the script's, for names."""
     path = args.out_dir / experiment / name / "run.json"
     shown = f"python {shlex.join(command)}"
     if args.collect and not (path.exists() and read_json(path)["status"] == "finished"):
         return None
     print(f"$ {shown}", flush=True)
     if not args.collect:
-        execute([*command, "--data_dir", str(args.data_dir), "--out_dir", str(args.out_dir), "--run_name", name])
+        execute([*command, "--data_dir", str(args.data_dir), "--out_dir", str(args.out_dir), flag, name])
     return read_json(path) | {"shown": shown}
 
 

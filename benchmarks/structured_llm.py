@@ -1,0 +1,259 @@
+"""Structured pruning of the tiny LM by finetune_llama3.py: what it costs without training, what training gives back, how fast.
+
+    python benchmarks/structured_llm.py                       the tables: three seeds
+    python benchmarks/structured_llm.py --seeds 0             a part of them
+    python benchmarks/structured_llm.py --collect             run nothing: the runs that are finished
+    python benchmarks/structured_llm.py --speed               only the speeds and the cost of importance, beside what is there
+
+Every run is `finetune_llama3.py` on assets/tiny_llama and the news: 128 x 512 calibration tokens; its perplexity is of the test
+split. What is compared is the excess: log-perplexity over the dense model's. Training is the guide's scenario 1 (1,000 windows
+of 512 tokens, two epochs, batches of 4), as it is, and with a rate for this small model and the dense one as the teacher.
+Speeds are of a random Llama of 100 M parameters, whose products outweigh what Python takes, one sequence, fp32, in turns. The
+cost of importance is that of all groups' scores against a forward and a backward with gradients of all weights, on the same
+samples in the same precision; memory is the growth of a fresh process.
+
+Writes benchmarks/results/structured_llm.json (every run: command, metrics) and .md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from pruning_frontier import met  # noqa: E402
+from recovery import run, spread  # noqa: E402
+
+from common import generation, structured, train_utils  # noqa: E402
+from common.blocks import KINDS, blocks_of  # noqa: E402
+from common.checkpoint import load_causal_lm  # noqa: E402
+from common.eval_utils import _resident_peak  # noqa: E402
+from common.importance import random_scores  # noqa: E402
+from common.pruning import shrink_  # noqa: E402
+from common.runs import Parser, environment, read_json, run_script, table, write_atomic  # noqa: E402
+from common.streaming import StreamedLM  # noqa: E402
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "structured_llm"
+WHOLE = ["--protected_layers", "0"]
+#  name: flags, at these ratios
+UNTRAINED = {
+    "L2, uniform": (["--importance", "l2", "--allocation", "uniform", "--no_refit", *WHOLE], (0.25, 0.5)),
+    "Taylor": (["--importance", "taylor", "--no_refit", *WHOLE], (0.25, 0.5)),
+    "random": (["--importance", "random", "--no_refit", *WHOLE], (0.25,)),
+    "obs, uniform": (["--allocation", "uniform", *WHOLE], (0.25, 0.5)),
+    "obs, sensitivity": (["--allocation", "sensitivity", *WHOLE], (0.25, 0.5)),
+    "obs, global": (WHOLE, (0.25, 0.5)),
+    "obs (the default: ends protected)": ([], (0.25, 0.5)),
+    "obs, query heads": (["--gqa_mode", "queries"], (0.25,)),
+    "fisher": (["--importance", "fisher"], (0.25,)),
+    "fisher, no refit": (["--importance", "fisher", "--no_refit"], (0.25,)),
+}
+OURS, WANTED = "obs (the default: ends protected)", {"L2, uniform": 1 / 3, "Taylor": 0.7}
+SCENARIO = ["--finetune", "--finetune_epochs", "2", "--finetune_samples", "1000", "--finetune_grad_accum", "4",
+            "--finetune_warmup_steps", "50", "--no_gradient_checkpointing"]  # fmt: skip
+TAUGHT = ["--distill", "--distill_weight", "1", "--hidden_weight", "10"]
+TRAINED = {
+    "dense, trained as long": ["--pruning_ratio", "0", *SCENARIO],
+    "scenario 1": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO],
+    "LoRA, taught": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO, *TAUGHT, "--finetune_method", "lora",
+                     "--finetune_lr", "3e-3", "--lora_dropout", "0"],
+    "full, taught": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO, *TAUGHT, "--finetune_lr", "1e-3"],
+}  # fmt: skip
+WITHIN = 0.03  # of the dense model trained as long
+LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+         "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": True}  # fmt: skip
+SPEEDS = {0.25: 1.2, 0.5: 1.6}
+IMPORTANCE = {"seconds": 1.3, "memory": 1.1}
+
+
+def prune(name: str, flags: list[str], ratio: float | None, seed: int, args) -> dict | None:
+    """One run as a row."""
+    asked = [] if ratio is None else ["--pruning_ratio", f"{ratio:g}", "--prune_mlp"]
+    command = ["finetune_llama3.py", *asked, *flags, "--finetune_dataset", "news", "--eval_text", "news", "--seed", str(seed)]
+    label = f"structured-{name}-{ratio or 'trained'}-seed{seed}".replace(" ", "-").replace(",", "").replace(":", "")
+    record = run(label.replace("(", "").replace(")", ""), command, "llama3", args, "--save_ckpt_log_name")
+    if record is None:
+        return None
+    metrics = record["metrics"]
+    last = list(metrics.values())[-1]
+    print(f"  perplexity {last['perplexity']:.2f}", flush=True)
+    return {"name": name, "ratio": ratio, "seed": seed, "command": record["shown"], "perplexity": last["perplexity"],
+            "dense": metrics["dense"]["perplexity"], "pruned": metrics.get("pruned", {}).get("perplexity"),
+            "sparsity": last.get("sparsity", 0.0), "layers": record.get("layers"), "timings": record["timings"]}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------ speeds
+
+
+def random_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LARGE, max_position_embeddings=1024)).eval()
+
+
+def measure_speeds(seconds: float) -> dict:
+    models = {"dense": random_llama()}
+    for ratio in SPEEDS:
+        model = random_llama()
+        blocks = blocks_of(model)
+        scores = random_scores(blocks, torch.Generator().manual_seed(0))
+        keep = structured.choose(scores, blocks, ratio, range(1, len(blocks) - 1), KINDS, "global", 0.1, multiple=8)
+        shrink_(model, keep)
+        models[f"{ratio:g}"] = model
+    return generation.speeds(models, 128, 32, seconds)
+
+
+def plain(directory: Path, samples: torch.Tensor, precision: str) -> None:
+    """A forward and a backward with gradients of all weights, of each batch."""
+    model = load_causal_lm(directory, torch.float32)
+    for batch in samples.split(8):
+        with train_utils.autocast(torch.device("cpu"), precision):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def scored(directory: Path, samples: torch.Tensor, precision: str, scorers: tuple[str, ...]) -> None:
+    lm = StreamedLM(directory, torch.device("cpu"), precision)
+    with tempfile.TemporaryDirectory() as folder:
+        structured.group_scores(lm, blocks_of(lm.model), samples, 8, scorers, 0, Path(folder), on_disk=True)
+
+
+def in_a_process(function, *given) -> tuple[float, int]:
+    """Seconds (the lesser of two runs) and the growth of the resident set, in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_timed, (function, given, torch.get_num_threads()))
+
+
+def _timed(function, given, threads: int) -> tuple[float, int]:
+    torch.set_num_threads(threads)
+    torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))
+    before, times = _resident_peak(), []
+    for _ in range(2):
+        start = time.perf_counter()
+        function(*given)
+        times.append(time.perf_counter() - start)
+    return min(times), _resident_peak() - before
+
+
+def measure_importance() -> dict:
+    """Of the random Llama, whose scores take as long as those of any other of this shape."""
+    precision = train_utils.resolve_precision("auto", torch.device("cpu"))
+    samples = torch.randint(5, 8192, (16, 512), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama().save_pretrained(folder)
+        seconds, memory = in_a_process(plain, Path(folder), samples, precision)
+        found = {"forward and backward": {"seconds": seconds, "bytes": memory}}
+        for scorers in (("taylor",), ("fisher",), ("obs",)):
+            seconds, memory = in_a_process(scored, Path(folder), samples, precision, scorers)
+            found["+".join(scorers)] = {"seconds": seconds, "bytes": memory}
+    return found | {"precision": precision}
+
+
+# ------------------------------------------------------------------------------------------------------------------- table
+
+
+def tables(record: dict) -> str:
+    rows, text = record["runs"], []
+
+    def of(name, ratio, key):
+        return [row[key] for row in rows if (row["name"], row["ratio"]) == (name, ratio) and row[key] is not None]
+
+    def excess(name, ratio):
+        return [math.log(row["perplexity"] / row["dense"]) for row in rows if (row["name"], row["ratio"]) == (name, ratio)]
+
+    lines = [["removed", "scores", "perplexity", "excess", "ours, share of it", "wanted", "met"]]
+    for ratio in (0.25, 0.5):
+        for name in UNTRAINED:
+            if not of(name, ratio, "perplexity"):
+                continue
+            mean = statistics.mean(excess(name, ratio))
+            share = statistics.mean(excess(OURS, ratio)) / mean if excess(OURS, ratio) else None
+            wanted = WANTED.get(name) if ratio == 0.25 else None
+            lines.append([f"{ratio:g}", name, spread(of(name, ratio, "perplexity")), f"{mean:.3f}",
+                          "" if share is None or name == OURS else f"{share:.2f}", "" if wanted is None else f"{wanted:.2f}",
+                          "" if wanted is None or share is None else met(share <= wanted)])  # fmt: skip
+    text.append(table(lines, markdown=True))
+    as_long = of("dense, trained as long", None, "perplexity")
+    if as_long:
+        lines = [["0.25 removed, trained", "seeds", "perplexity", "against dense, as long", "allowed", "met", "minutes"]]
+        lines.append(["dense", "", spread(of("dense, trained as long", None, "dense")[:1]), "", "", "", ""])
+        before = of("scenario 1", None, "pruned")
+        shown = {"dense, trained as long": as_long, "pruned": before}
+        shown |= {name: of(name, None, "perplexity") for name in TRAINED if not name.startswith("dense")}
+        for name, values in shown.items():
+            if values:
+                against = statistics.mean(values) / statistics.mean(as_long) - 1
+                minutes = [timings["training"] / 60 for timings in of(name, None, "timings")]
+                allowed = WITHIN if name in ("scenario 1", "full, taught") else None
+                lines.append([name, len(values), spread(values), "" if name.startswith("dense") else f"{against:+.1%}",
+                              "" if allowed is None else f"{allowed:+.0%}", "" if allowed is None else met(against <= allowed),
+                              f"{statistics.mean(minutes):.1f}" if minutes else ""])  # fmt: skip
+        text.append(table(lines, markdown=True))
+    if speeds := record.get("speeds"):
+        lines = [["100 M parameters, random", "prefill of 128 tokens", "decoding", "prefill", "decoding", "wanted", "met"]]
+        for name, values in speeds.items():
+            ratios = (speeds["dense"]["prefill_ms"] / values["prefill_ms"],
+                      values["decode_tokens_per_second"] / speeds["dense"]["decode_tokens_per_second"])  # fmt: skip
+            wanted = None if name == "dense" else SPEEDS[float(name)]
+            lines.append([name if name == "dense" else f"{name} removed", f"{values['prefill_ms']:.0f} ms",
+                          f"{values['decode_tokens_per_second']:.1f} tokens/s", *(f"{ratio:.2f}x" for ratio in ratios),
+                          *(("", "") if wanted is None else (f"{wanted:.1f}x", met(min(ratios) >= wanted)))])  # fmt: skip
+        text.append(table(lines, markdown=True))
+    if found := record.get("importance"):
+        base = found["forward and backward"]
+        lines = [["scores of all groups", "seconds", "of forward and backward", "allowed", "met", "memory", "allowed", "met"]]
+        for name, values in found.items():
+            if name not in ("precision", "forward and backward"):
+                ratios = values["seconds"] / base["seconds"], values["bytes"] / base["bytes"]
+                lines.append([name, f"{values['seconds']:.1f}", f"{ratios[0]:.2f}x", f"{IMPORTANCE['seconds']}x",
+                              met(ratios[0] <= IMPORTANCE["seconds"]), f"{ratios[1]:.2f}x", f"{IMPORTANCE['memory']}x",
+                              met(ratios[1] <= IMPORTANCE["memory"])])  # fmt: skip
+        text.append(table(lines, markdown=True))
+    where = record["environment"]
+    text.append("Removed: of the parameters in attention and FFN. Mean ± standard deviation over seeds. Excess: log-perplexity "
+                f"over the dense model's. {where['threads']} threads, {where['cpu']}.")  # fmt: skip
+    return "\n\n".join(text) + "\n"
+
+
+def main(argv=None) -> None:
+    parser = Parser(__doc__, shared=("data_dir", "out_dir"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing a model and measurement, at least [10]")
+    parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
+    parser.add_argument("--speed", action="store_true", help="only speeds and the cost of importance")
+    args = parser.parse_args(argv)
+    path = RESULTS.with_suffix(".json")
+    record = read_json(path) if path.exists() else {"runs": []}
+    record |= {"command": "python benchmarks/structured_llm.py", "environment": environment()}
+
+    def save() -> None:
+        write_atomic(path, json.dumps(record, indent=1) + "\n")
+        write_atomic(RESULTS.with_suffix(".md"), tables(record))
+
+    if not args.collect:
+        record |= {"speeds": measure_speeds(args.seconds), "importance": measure_importance()}
+        save()
+    if not args.speed:
+        rows = []
+        for seed in args.seeds:
+            for name, (flags, ratios) in UNTRAINED.items():
+                rows += [prune(name, flags, ratio, seed, args) for ratio in ratios]
+            rows += [prune(name, flags, None, seed, args) for name, flags in TRAINED.items()]
+            record["runs"] = [row for row in rows if row]
+            save()
+    print(tables(record))
+
+
+if __name__ == "__main__":
+    run_script(main)
