@@ -38,5 +38,6 @@ results: environment
 	$(PYTHON) benchmarks/streaming_memory.py
 	$(PYTHON) benchmarks/sparse_trainer.py
 	$(PYTHON) benchmarks/recovery.py
+	$(PYTHON) benchmarks/structured_llm.py
 	$(PYTHON) benchmarks/memory_table.py
 	$(PYTHON) benchmarks/update_readme.py

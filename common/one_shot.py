@@ -138,9 +138,15 @@ def damped(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Inverse of a damped matrix of second moments; damped ten times more while its Cholesky factorisation fails."""
+    """Inverse of a damped matrix of second moments; damped ten times more while its Cholesky factorisation fails.
+
+    UserError where it holds NaN or infinity.
+    """
     factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     while failed:
+        if not matrix.isfinite().all():
+            raise UserError("the model's activations or gradients on the calibration text are not finite: its weights are broken"
+                            ", or --precision overflows. Try --precision 32")  # fmt: skip
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     return torch.cholesky_inverse(factor)

@@ -186,7 +186,7 @@ def removal_costs(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor
     left, costs, least = torch.arange(n, device=weight.device), torch.zeros(n, device=weight.device), 0.0
     for r in range(rounds):
         at = columns[left].flatten()
-        inverse = inverse_of(gram[at][:, at], 0.0)
+        inverse = inverse_of(gram[at][:, at], 1e-7)
         fitted = root @ (weight @ (gram[:, at] @ inverse))  # (out, columns left): what they are with the others gone
         blocks = inverse.view(len(left), width, len(left), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (left, w, w)
         inner = torch.linalg.inv(blocks)

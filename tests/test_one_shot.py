@@ -213,3 +213,11 @@ def test_dead_inputs_and_a_gram_without_rank():
         problem = Problem(weight, flat, None)
         assert problem.refit(problem.masks(pattern, 0.5)).isfinite().all()
     assert one_shot.inverse_of(-torch.eye(4), 1e-3).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused(value):
+    matrix = torch.eye(3)
+    matrix[1, 1] = value
+    with pytest.raises(UserError, match="not finite"):
+        one_shot.inverse_of(matrix)
