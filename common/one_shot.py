@@ -145,8 +145,8 @@ def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     while failed:
         if not matrix.isfinite().all():
-            raise UserError("the model's activations or gradients on the calibration text are not finite: its weights are broken"
-                            ", or --precision overflows. Try --precision 32")  # fmt: skip
+            raise UserError("the model's activations or gradients on the calibration text are not finite: its weights are "
+                            "broken, or --precision overflows. Try --precision 32")  # fmt: skip
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     return torch.cholesky_inverse(factor)
