@@ -35,10 +35,10 @@ METHODS = {  # the model in the rows: flags of finetune_dense.py
     "LoRA": ["--method", "lora", "--lora_dropout", "0", *DISTILLED],
     "full": DISTILLED,
 }
-RATES = {"dense, trained as long": {0.2: 3e-5, 0.5: 3e-5}, "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 5e-4, 0.5: 1.5e-3}}
+RATES = {"dense, trained as long": dict.fromkeys((0.2, 0.5), 3e-5), "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 5e-4, 0.5: 1.5e-3}}
 SETTINGS = ["--num_epochs", "1", "--batch_size", "4", "--effective_batch_size", "4", "--block_size", "512", "--n_evaluations",
             "4", "--patience", "10", "--max_eval_samples", "100", "--no_gradient_checkpointing"]  # fmt: skip
-STEPS = {0.2: 400, 0.5: 1200}  # of 4 x 512 tokens
+STEPS = 1200  # of 4 x 512 tokens
 WITHIN = {0.2: 0.01, 0.5: 0.05}  # of the perplexity of the dense model trained as long
 
 
@@ -57,13 +57,13 @@ def run(name: str, command: list[str], experiment: str, args, flag: str = "--run
 def train(name: str, model: Path | str, method: str, sparsity: float, seed: int, dense: Path, args) -> dict | None:
     flags = ["--learning_rate", f"{RATES[method][sparsity]:g}", *(flag.format(dense=dense) for flag in METHODS[method])]
     command = ["finetune_dense.py", "--model", str(model), "--dataset", "news", "--eval_text", "news", "--seed", str(seed),
-               "--max_train_samples", str(4 * STEPS[sparsity]), *SETTINGS, *flags]  # fmt: skip
+               "--max_train_samples", str(4 * STEPS), *SETTINGS, *flags]  # fmt: skip
     record = run(name, command, "finetune", args)
     if record is None:
         return None
     trained = record["metrics"][record["config"]["method"]]
     print(f"  perplexity {trained['perplexity']:.2f}, sparsity {trained['sparsity']:.4f}", flush=True)
-    return {"sparsity_asked": sparsity, "method": method, "seed": seed, "steps": STEPS[sparsity], "command": record["shown"],
+    return {"sparsity_asked": sparsity, "method": method, "seed": seed, "steps": STEPS, "command": record["shown"],
             "perplexity": trained["perplexity"], "sparsity": trained["sparsity"],
             "before": record["metrics"]["pruned"]["perplexity"], "seconds": record["timings"]["training"]}  # fmt: skip
 
@@ -75,8 +75,10 @@ def measure(sparsity: float, seed: int, args) -> list[dict]:
                f"{sparsity:g}", "--calibration", "news", "--seed", str(seed)]  # fmt: skip
     pruned = run(name, command, "one_shot", args)
     for method in args.methods if pruned else ():
-        model = "tiny_llama" if method.startswith("dense") else Path(pruned["model_dir"])
-        rows.append(train(f"{name}-{method.split(',')[0]}", model, method, sparsity, seed, dense, args))
+        if method.startswith("dense"):  # one run for all sparsities
+            rows.append(train(f"recovery-dense-seed{seed}", "tiny_llama", method, sparsity, seed, dense, args))
+        else:
+            rows.append(train(f"{name}-{method}", Path(pruned["model_dir"]), method, sparsity, seed, dense, args))
     return [row for row in rows if row]
 
 
@@ -119,7 +121,7 @@ def tables(record: dict) -> str:
 def main(argv=None) -> None:
     parser = Parser(__doc__, shared=("data_dir", "out_dir"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=list(STEPS), help="[0.2 0.5]")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(WITHIN), help="[0.2 0.5]")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]")
     parser.add_argument("--prune_method", default="kfac", help="of main_block.py [kfac]")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
