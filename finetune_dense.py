@@ -63,7 +63,6 @@ SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "re
 NO_RESULT = (*runs.NO_RESULT, "dataset", "save", "dense_model", "eval_text", "token_length", "stride", "report_to", "fsdp",
              "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "gpu_memory", "num_processes",
              "device", "fast")  # fmt: skip
-HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # what products are in where weights are in fp32
 TORCHAO = ("adamw_8bit", "adamw_stochastic")
 
 
@@ -141,8 +140,7 @@ def training_arguments(args, run: Run, total: int, n_accumulated: int) -> finetu
 
 def load_trained(args, base: Path):
     """The model as it is trained, on the CPU, and its masks. LoRA: fp32 adapters on a frozen model, in half precision."""
-    wide = args.precision == "32" or (args.method == "full" and args.precision != "bf16")
-    model = load_causal_lm(base, torch.float32 if wide else HALVES.get(args.precision, torch.bfloat16))
+    model = load_causal_lm(base, finetuning.stored_dtype(args.precision, args.method == "lora"))
     model.config.use_cache = False
     if args.method == "full":
         return model, sparse_trainer.masks_of(model)
@@ -157,7 +155,7 @@ def train(args, base: Path, streams, run: Run, processes: PartialState, total: i
     sparsity, n = sparse_trainer.check_sparsity(model), sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if args.fsdp:
-        shard_(model, args.device, HALVES.get(args.precision))
+        shard_(model, args.device, finetuning.HALVES.get(args.precision))
     if teacher := load_causal_lm(args.distill_from) if args.distill_from else None:
         teacher.to(processes.device).requires_grad_(False).eval()
     windows = {split: finetuning.Windows(streams[split], args.block_size, n or None)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from common import assets, checkpoint, data, eval_utils, finetuning, generation, importance, runs, structured, text, train_utils
 from common.blocks import KINDS, blocks_of, group_costs, group_counts, total_cost
@@ -29,7 +28,7 @@ from common.checkpoint import load_causal_lm
 from common.pruning import sparsity_of
 from common.runs import Run, UserError, table
 from common.sparse_trainer import SparseTrainer, last_checkpoint
-from common.streaming import StreamedLM
+from common.streaming import StreamedLM, causal_outline
 
 PRESETS = [
     # flag, full, fast, meaning, limits
@@ -136,7 +135,9 @@ def prune(args, base: Path, samples, tokenizer, run: Run, device) -> None:
 def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: int, device) -> None:
     """Train the model of `start`; the trained one goes to run.dir/model. Goes on from the last checkpoint."""
     lora = args.finetune_method == "lora"
-    model = load_causal_lm(start, None if lora or args.precision == "bf16" else torch.float32)
+    stored = causal_outline(start).config.dtype or torch.float32
+    torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")  # TF32 is good enough from here on
+    model = load_causal_lm(start, finetuning.stored_dtype(args.precision, lora))
     model.config.use_cache = False
     if lora:
         from common.lora import add_lora
@@ -179,11 +180,9 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
         print("merging LoRA weights into the model...")
         model = model.merge_and_unload()
         print("✅ LoRA weights merged")
-    stored = load_causal_lm(start)
     model.config.use_cache = True
     stage = {"asked": run.config, "layers": [block.shape for block in blocks_of(model)]}
-    checkpoint.save_model(run.model_dir, model.to(stored.dtype), tokenizer, stage, start)
-    checkpoint.drop(run.checkpoint_dir)
+    checkpoint.save_model(run.model_dir, model.to(stored), tokenizer, stage, base)  # one stage a run
 
 
 def describe(args) -> str:
@@ -200,8 +199,8 @@ def describe(args) -> str:
 
 def parse_args(argv):
     parser = runs.Parser(__doc__, PRESETS, shared=SHARED)
-    parser.add_argument("--base_model", default="auto", help="directory (also of an earlier stage), hub name, or auto [auto]")
-    parser.add_argument("--save_ckpt_log_name", help="name of the run's directory [a hash of its configuration]")
+    parser.add_argument("--base_model", "--model", default="auto", help="directory (an earlier stage's too), hub name, auto")
+    parser.add_argument("--save_ckpt_log_name", "--run_name", help="name of the run's directory [a hash of its configuration]")
     parser.add_argument("--prune_mlp", action="store_true", help="FFN neurons go too, not attention alone")
     parser.add_argument("--layer_start", type=int, help="the first layer that is pruned [--protected_layers]")
     parser.add_argument("--layer_end", type=int, help="the layer behind the last one that is pruned")
@@ -223,40 +222,54 @@ def parse_args(argv):
     if args.precision == "auto" and args.device == "cuda" and torch.cuda.is_bf16_supported():
         args.precision = "bf16-mixed"
     args.precision = args.precision if args.precision == "bf16" else train_utils.resolve_precision(args.precision, device)
+    note = ""
     if args.finetune and args.finetune_method == "lora":
         try:
             runs.require("peft", "--finetune_method lora")
         except UserError:
             if not args.allow_full_fallback:
                 raise
-            print("⚠️ peft is not installed: all weights are trained instead (--allow_full_fallback)")
+            note = "⚠️ peft is not installed: all weights are trained instead (--allow_full_fallback)\n"
             args.finetune_method = "full"
     if not (args.pruning_ratio or args.finetune):
         parser.error("nothing to do: --pruning_ratio 0 and no --finetune")
-    return args, device
+    if args.distill and not args.finetune:
+        parser.error("--distill: is for --finetune")
+    if args.hidden_weight and not args.distill:
+        parser.error(f"--hidden_weight {args.hidden_weight}: is for --distill")
+    return args, device, note
 
 
-def check(args, outline, source, stream) -> int:
-    """Everything that can be refused before the long work starts; the number of optimizer steps."""
-    longest = data.n_positions(outline.config)
-    for flag in ("importance_seq_len", "finetune_seq_len", "ppl_seqlen"):
-        if longest and getattr(args, flag) > longest:
-            raise UserError(f"--{flag} {getattr(args, flag)}: this {outline.config.model_type} model has {longest} positions")
+def check(args, base: Path, outline, source, stream, tested) -> int:
+    """Everything that can be refused before the long work starts; the number of optimizer steps. tested: its token stream."""
+    longest = data.n_positions(outline.config) or 10**6
+    used = {"importance_seq_len": args.pruning_ratio, "finetune_seq_len": args.finetune, "ppl_seqlen": args.ppl_seqlen}
+    for flag in (flag for flag, is_used in used.items() if is_used):
+        if not 2 <= getattr(args, flag) <= longest:
+            raise UserError(f"--{flag} {getattr(args, flag)}: this {outline.config.model_type} model has {longest} positions; "
+                            f"expected 2 to {longest}")  # fmt: skip
+    name = args.save_ckpt_log_name
+    if name and base.resolve().is_relative_to((args.out_dir / "llama3" / name).resolve()):
+        raise UserError(f"--base_model {base}: the run {name} would replace it. Use another --save_ckpt_log_name")
     blocks = blocks_of(outline, args.gqa_mode == "queries")
-    if args.gqa_mode == "queries" and blocks[0].attention.n_heads == blocks[0].attention.n_kv_heads:
+    if args.gqa_mode == "queries" and all(block.attention.n_heads == block.attention.n_kv_heads for block in blocks):
         raise UserError("--gqa_mode queries: every query head of this model has keys of its own. Use --gqa_mode groups")
     if args.pruning_ratio:
         budget(args, blocks, layers_to_prune(args, len(blocks)), KINDS if args.prune_mlp else ("heads",))
     if args.finetune_method == "lora" and args.lora_target_modules:
-        names = {name.rpartition(".")[2] for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)}
+        inside = {linear for block in blocks for linear in block.projections}
+        names = {name.rpartition(".")[2] for name, module in outline.named_modules() if module in inside}
         if missing := set(args.lora_target_modules) - names:
-            raise UserError(f"--lora_target_modules {','.join(sorted(missing))}: not in this model; expected some of "
+            raise UserError(f"--lora_target_modules {','.join(sorted(missing))}: not in this model's blocks; expected some of "
                             f"{', '.join(sorted(names))}")  # fmt: skip
-    length = args.ppl_seqlen or min(2048, longest or 2048)
-    eval_utils.check_perplexity(outline, stream, length, length, None, "tokens")
+    length = args.ppl_seqlen or min(2048, longest)
+    for tokens in (stream, tested):
+        eval_utils.check_perplexity(outline, tokens, length, length, None, "tokens")
+    if not args.finetune:
+        return 0
     size = args.finetune_batch_size * args.finetune_grad_accum
     n_windows = len(finetuning.Windows(stream, args.finetune_seq_len, args.finetune_samples))
-    if args.finetune and n_windows < size:
+    if n_windows < size:
         raise UserError(f"{source.path}: {n_windows} windows of {args.finetune_seq_len} tokens, less than a step of {size}. "
                         "Lower --finetune_grad_accum or --finetune_seq_len, or raise --finetune_samples")  # fmt: skip
     return args.finetune_epochs * (n_windows // size)
@@ -264,20 +277,23 @@ def check(args, outline, source, stream) -> int:
 
 def main(argv=None) -> None:
     runs.quiet_transformers()
-    args, device = parse_args(argv)
+    args, device, note = parse_args(argv)
     torch.set_float32_matmul_precision("highest")  # second moments and what is solved with them are not for TF32
     base = assets.resolve_model("tiny_llama" if args.base_model == "auto" else args.base_model, args.data_dir, args.source)
-    outline = checkpoint.outline(base.path, AutoModelForCausalLM)
+    outline = causal_outline(base.path)
     tokenizer = data.load_tokenizer(base.path, outline.config)
     source = text.prepare_text(args.finetune_dataset, args.data_dir, args.source, args.local_dir)
     tested = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)
     stream = text.token_stream(source.path, "train" if "train" in source.record["splits"] else "validation", tokenizer)
-    total = check(args, outline, source, stream)
-    samples = text.calibration_samples(stream, args.importance_samples, args.importance_seq_len, args.seed)
+    test_stream = text.token_stream(tested.path, "test" if "test" in tested.record["splits"] else "validation", tokenizer)
+    total, samples = check(args, base.path, outline, source, stream, test_stream), None
+    if args.pruning_ratio:
+        samples = text.calibration_samples(stream, args.importance_samples, args.importance_seq_len, args.seed)
     settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in NO_RESULT}
     settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}
     what = f"{args.pruning_ratio:g} of attention{' and FFN' * args.prune_mlp}, {args.importance}, {args.allocation}"
-    plan = f"""model        {base.path}, {sum(p.numel() for p in outline.parameters()) / 1e6:,.1f} M parameters
+    n = sum(p.numel() for p in outline.parameters())
+    plan = f"""{note}model        {base.path}, {n / 1e6:,.1f} M parameters
 text         {source.record["name"]}, {len(stream):,} tokens
 pruning      {what if args.pruning_ratio else "none"}
 fine-tuning  {f"{args.finetune_method}, {total:,} steps" if args.finetune else "none"}
@@ -285,12 +301,20 @@ running      {args.precision}, {args.device}"""
     if args.dry_run:
         print(plan)
         return
+    states = (6 if args.precision == "bf16" else 12) * n if args.finetune_method == "full" and total >= args.save_every else 0
+    size = eval_utils.directory_bytes(base.path) * (bool(args.pruning_ratio) + args.finetune)
+    finetuning.check_space(args.out_dir, int((1 - args.pruning_ratio) * (size + states)))
     with Run(args.out_dir, "llama3", settings, args.save_ckpt_log_name, args.resume) as run:
-        with runs.logged_to(run.dir / "training.log"):
+        with runs.logged_to(run.dir / "training.log"), finetuning.ends_told(run):
             print(plan, flush=True)
             print(f"run          {run.dir}{' (finished before; --resume never starts anew)' * run.finished}\n", flush=True)
-            if not run.finished:
+            if "metrics" not in run.record:
                 work(args, base.path, samples, stream, tested, tokenizer, run, total, device)
+            pruned, others = run.dir / "pruned", [] if args.save_model else [run.model_dir]
+            if args.save_model and not args.finetune and pruned.exists():
+                checkpoint.drop(run.model_dir)
+                pruned.rename(run.model_dir)
+            checkpoint.drop(pruned, run.dir / "work", run.checkpoint_dir, *others)
             print("", table(eval_utils.comparison(run.record["metrics"])), sep="\n")
             print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
             print(f"\nmodel   {run.record.get('model_dir', 'not kept: no --save_model')}\nrecord  {run.dir / 'run.json'}")
@@ -318,13 +342,8 @@ def work(args, base: Path, samples, stream, tested, tokenizer, run: Run, total: 
     with run.timed("measuring"):
         run.record["metrics"], run.record["evaluation"] = generation.measure_causal_lms(models, tested, device, args.ppl_seqlen)
     print(f"\n{generation.greedy(load_causal_lm(last), tokenizer, 'The government said on')!r}")
-    run.record["dense_dir"] = base
-    if args.save_model:
-        if last == pruned:
-            checkpoint.drop(run.model_dir)
-            pruned.rename(run.model_dir)
-        run.record["model_dir"] = run.model_dir
-    checkpoint.drop(*([pruned, run.dir / "work"] if args.save_model else [pruned, run.model_dir, run.dir / "work"]))
+    run.record |= {"dense_dir": base} | ({"model_dir": run.model_dir} if args.save_model else {})
+    run.save()  # from here on only what is not kept goes
 
 
 if __name__ == "__main__":

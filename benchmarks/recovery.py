@@ -101,14 +101,13 @@ def tables(record: dict) -> str:
         for method, found in shown.items():
             if not found:
                 continue
-            shared = sorted(set(found) & set(dense))
-            mean = statistics.mean(found[seed] for seed in shared) / statistics.mean(dense[seed] for seed in shared) - 1
-            against = "" if method.startswith("dense") or not shared else f"{mean:+.1%}"
+            mean = statistics.mean(found.values()) / statistics.mean(dense.values()) - 1 if dense else 0.0
+            against = "" if method.startswith("dense") or not dense else f"{mean:+.1%}"
             allowed = WITHIN[sparsity] if method == "full" else None
             trained = list(of.get(method, {}).values())
             lines.append([f"{sparsity:g}", method, len(found), trained[0]["steps"] if trained else "",
                           spread(list(found.values())), against, "" if allowed is None else f"{allowed:+.0%}",
-                          "" if allowed is None else met(mean <= allowed + 1e-9),
+                          "" if allowed is None or not dense else met(mean <= allowed + 1e-9),
                           f"{statistics.mean(row['seconds'] for row in trained) / 60:.1f}" if trained else ""])  # fmt: skip
         shared = sorted(set(full) & set(lora))
         holds = sum(before["full"][seed] > lora[seed] > full[seed] for seed in shared)

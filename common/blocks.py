@@ -196,7 +196,7 @@ def set_shapes_(model) -> None:
     """After projections were cut: make the attributes and the config of `model` say the shapes it now has.
 
     Shapes that the stock config can express (all layers alike; other head counts only where the family's config has the
-    head width apart) go to its own keys, and the model loads plainly. The others are listed by module name in
+    head width apart and takes them) go to its own keys, and the model loads plainly. The others are listed by module name in
     `config.pruned_linears` and `config.pruned_attributes`, which `modeling_pruned.py` reads.
     """
     family, blocks, config = family_of(model.config), blocks_of(model), model.config
@@ -219,7 +219,9 @@ def set_shapes_(model) -> None:
     stock_heads = {"heads": config.num_attention_heads}
     stock_heads["kv_heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     same_heads = all(shape[key] == count for shape in shapes for key, count in stock_heads.items())
-    if all(shape == shapes[0] for shape in shapes) and (same_heads or family.config_heads):
+    # some configs refuse head counts that do not divide the width (LlamaConfig.validate_architecture), others do not
+    divides = config.hidden_size % shapes[0]["heads"] == 0 or not hasattr(config, "validate_architecture")
+    if all(shape == shapes[0] for shape in shapes) and (same_heads or (family.config_heads and divides)):
         setattr(config, family.config_neurons, shapes[0]["neurons"])
         if not same_heads:
             config.head_dim = head_dim

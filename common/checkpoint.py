@@ -137,6 +137,10 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
             config.architectures = [name]
         config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        settings = beside / "tokenizer_config.json"
+        if settings.exists():  # without what says how this process had loaded it, which no model depends on
+            kept = {key: value for key, value in read_json(settings).items() if key not in ("is_local", "local_files_only")}
+            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         vocabulary = beside / "tokenizer.json"
         if packed and vocabulary.exists():  # written with an indent for each token: a third of it is blanks
             text = json.dumps(read_json(vocabulary), ensure_ascii=False, separators=(",", ":"))

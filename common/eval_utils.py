@@ -397,6 +397,7 @@ ROWS = [
     ("latency_p95_ms", "latency, p95", lambda v: f"{v:.1f} ms", True),
     ("single_latency_ms", "latency, one example", lambda v: f"{v:.2f} ms", True),
     ("examples_per_second", "throughput", lambda v: f"{v:,.0f} /s", True),
+    ("macs_of_prompt", "MACs of a prompt", lambda v: f"{v / 1e6:,.0f} M", True),
     ("cache_bytes_per_token", "cache, a token", lambda v: f"{v:,} bytes", True),
     ("prefill_ms", "prefill", lambda v: f"{v:.1f} ms", True),
     ("decode_tokens_per_second", "decoding", lambda v: f"{v:,.0f} tokens/s", True),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +15,17 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from common.runs import Run, UserError
+from common.runs import Interrupted, Run, UserError
+from common.sparse_trainer import last_checkpoint
 
-__all__ = ["Console", "EarlyStoppingCallback", "Epochs", "StopTogether", "TrainingArguments", "Windows", "of_torchao", "part",
-           "quiet_"]  # fmt: skip
+__all__ = ["HALVES", "Console", "EarlyStoppingCallback", "Epochs", "StopTogether", "TrainingArguments", "Windows",
+           "check_teacher", "of_torchao", "part", "quiet_", "stored_dtype"]  # fmt: skip
+HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # what products are in where weights are in fp32
+
+
+def stored_dtype(precision: str, frozen: bool) -> torch.dtype:
+    """What a model's weights are held in while it trains: fp32, but for --precision bf16 and (under adapters) frozen ones."""
+    return torch.float32 if precision == "32" or not (frozen or precision == "bf16") else HALVES.get(precision, torch.bfloat16)
 
 
 class Windows(Dataset):
@@ -68,6 +78,28 @@ def check_teacher(student, teacher, flag: str, hidden_weight: float) -> None:
                         f"the model {shapes[0][0]} of {shapes[0][1]}. Use --hidden_weight 0")  # fmt: skip
 
 
+def check_space(directory: Path, needed: int) -> None:
+    """UserError where the disk of a directory, there or not, has less room than `needed` bytes."""
+    there = next(folder for folder in (directory, *directory.resolve().parents) if folder.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise UserError(f"{directory}: {free / 1e9:,.3f} GB are free there, and what is written takes {needed / 1e9:,.3f} GB "
+                        "at least. Free some space or name another --out_dir")  # fmt: skip
+
+
+@contextmanager
+def ends_told(run: Run):
+    """Inside, Ctrl+C says how to go on, and so does a disk that torch.save finds full."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"The same command goes on ({run.dir})") from None
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise UserError(f"{run.dir}: could not write a checkpoint ({str(error).splitlines()[0]}). Free some space and run the "
+                        "same command again: what was written before is intact") from None  # fmt: skip
+
+
 def quiet_(trainer) -> None:
     """Take away what Console stands for."""
     for callback in (PrinterCallback, ProgressCallback):
@@ -98,11 +130,17 @@ class Console(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key in ("loss", "eval_loss"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise UserError(f"{key} is {logs[key]} at step {state.global_step:,}. The last checkpoint is intact; start "
-                                "anew with a lower --learning_rate or --precision 32")  # fmt: skip
+            self.check(args, state, logs, key)
         if self.run is not None:
             self.show(args, state, logs)
+
+    def check(self, args, state, logs: dict, key: str) -> None:
+        """UserError where what was logged is no number."""
+        if not math.isfinite(logs.get(key, 0.0)):
+            raise UserError(f"{key} is {logs[key]} at step {state.global_step:,}. {self.advice(args)}")
+
+    def advice(self, args) -> str:
+        return "The last checkpoint is intact; start anew with a lower --learning_rate or --precision 32"
 
     def show(self, args, state, logs: dict) -> None:
         """Print and keep what was logged at a step."""
@@ -127,6 +165,22 @@ class Epochs(Console):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.per_epoch == 0:
             tqdm.write(f"epoch {state.global_step // self.per_epoch + 1}/{-(-state.max_steps // self.per_epoch)} begins")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_log |= state.global_step % self.per_epoch == 0  # the end of an epoch is always told
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs, **kwargs)
+        if not args.fp16:  # which skips the step; else the weights are none any more, and would be saved
+            self.check(args, state, logs, "grad_norm")
+
+    def advice(self, args) -> str:
+        found = last_checkpoint(args.output_dir)
+        kept = f"The last good state is {found}" if found else "No checkpoint was made before"
+        return (f"{kept}. Start anew with a lower --finetune_lr or --finetune_max_grad_norm, or --precision 32 "
+                "(--resume never, or another --save_ckpt_log_name)")  # fmt: skip
 
     def show(self, args, state, logs: dict) -> None:
         if "loss" not in logs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from common.blocks import blocks_of
 from common.checkpoint import load_causal_lm
 from common.data import load_tokenizer, n_positions
 from common.eval_utils import directory_bytes, evaluating, in_turns, macs_per_example, perplexity_on, scoring_dtype
+
+TOGETHER = 10**9  # parameters of a model that is timed in turns with the others; larger ones are in memory, and timed, alone
 
 
 def cache_bytes_per_token(model, bytes_per_number: int | None = None) -> int:
@@ -33,10 +36,9 @@ def speeds(models: dict[str, torch.nn.Module], prompt: int, new: int, seconds: f
         return model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
     def decode(model, filled):
-        token, cache = filled.logits[:, -1:].argmax(-1), filled.past_key_values
+        token, cache = filled.logits[:, -1:].argmax(-1), copy.deepcopy(filled.past_key_values)  # a window's cannot be cropped
         for _ in range(new):
             token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        cache.crop(-new)
 
     modes = {name: model.training for name, model in models.items()}
     try:
@@ -61,20 +63,25 @@ def measure_causal_lms(directories: dict[str, Path], source, device: torch.devic
     directory, MACs of `prompt` tokens, bytes of cache a token as stored, prefill and decoding (`speeds`); for all but the first
     sparsity: the share of the first's block parameters that is gone.
     """
-    models = {name: load_causal_lm(directory, scoring_dtype(device)).to(device) for name, directory in directories.items()}
-    measured, how = {}, {}
-    prompt = min([prompt, *((n_positions(model.config) or prompt + new) - new for model in models.values())])
-    for name, model in models.items():
-        tokenizer, stored = load_tokenizer(directories[name], model.config), getattr(model.config, "dtype", None)
+    measured, how, models = {}, {}, {}
+    for name, directory in directories.items():
+        model = load_causal_lm(directory, scoring_dtype(device)).to(device)
+        prompt = min(prompt, (n_positions(model.config) or prompt + new) - new)
+        tokenizer, stored = load_tokenizer(directory, model.config), getattr(model.config, "dtype", None)
         measured[name], how = perplexity_on(model, tokenizer, source, token_length, progress=f"perplexity, {name}")
         measured[name] |= {
             "parameters": sum(p.numel() for p in model.parameters()),
             "block_parameters": sum(p.numel() for b in blocks_of(model) for part in b.projections for p in part.parameters()),
-            "bytes": directory_bytes(directories[name]),
-            "macs_per_example": macs_per_example(model, prompt),
+            "bytes": directory_bytes(directory),
+            "macs_of_prompt": macs_per_example(model, prompt),
             "cache_bytes_per_token": cache_bytes_per_token(model, getattr(stored, "itemsize", None)),
         }
-    for name, values in speeds(models, prompt, new, seconds).items():
+        if measured[name]["parameters"] <= TOGETHER:
+            models[name] = model
+        else:
+            measured[name] |= speeds({name: model}, prompt, new, seconds)[name]
+        del model
+    for name, values in (speeds(models, prompt, new, seconds) if models else {}).items():
         measured[name] |= values
     first, *rest = measured.values()
     for values in rest:
@@ -84,7 +91,7 @@ def measure_causal_lms(directories: dict[str, Path], source, device: torch.devic
 
 def greedy(model, tokenizer, prompt: str, n: int = 40) -> str:
     """A prompt continued by its most likely tokens."""
-    words = tokenizer(prompt, return_tensors="pt").to(model.device)
+    words = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     with evaluating(model):
         ids = model.generate(**words, max_new_tokens=n, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(ids[0], skip_special_tokens=True)

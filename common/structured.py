@@ -229,7 +229,8 @@ def choose(scores: Scores, blocks: list[Block], ratio: float, layers: range, kin
 
     blocks: by `blocks_of`, with their queries as groups or not. layers: those that may lose groups. The ratio is of all
     layers' groups; what is not to be had from `layers` stays. allocation: global, uniform, or sensitivity with `shares`, one
-    for each of `layers`: what it loses of its own, in proportion.
+    for each of `layers`: its part of the budget. Where heads go alone, what a layer lost too much or too little of, whole heads
+    being coarse, the next one makes good.
     """
     queries = blocks[0].attention.queries
     costs, counts = group_costs(blocks), group_counts(blocks)
@@ -244,33 +245,42 @@ def choose(scores: Scores, blocks: list[Block], ratio: float, layers: range, kin
         return {kind: [values[kind][i] for i in of] for kind in KINDS}
 
     pieces, amounts = [layers], [ratio * total]
-    if allocation == "sensitivity":
-        pieces, amounts = [range(i, i + 1) for i in layers], [share * ratio * total for share in shares]
+    if allocation != "global":  # uniform: a layer at a time, so that all are rounded alike
+        pieces = [range(i, i + 1) for i in layers]
+        of_layers = [sum(costs[kind][i] * len(ranked[kind][i]) for kind in kinds) for i in layers]
+        amounts = [(of_it / sum(of_layers) if shares is None else share) * ratio * total
+                   for of_it, share in zip(of_layers, shares or of_layers, strict=True)]  # fmt: skip
+    carry, coarse = 0.0, allocation == "sensitivity" and kinds == ("heads",)
     for piece, amount in zip(pieces, amounts, strict=True):
-        chosen = select(part(ranked, piece), part(costs, piece), amount, part(keep, piece),
+        amount += carry
+        half = 1e-9 * total + (costs["heads"][piece[0]] / 2 if piece != pieces[-1] else 0.0) if coarse else 0.0
+        chosen = select(part(ranked, piece), part(costs, piece), max(0.0, amount - half), part(keep, piece),
                         "uniform" if allocation == "uniform" else "global", granularity, floor, multiple=multiple)  # fmt: skip
         for kind in KINDS:
             for i, mask in zip(piece, chosen[kind], strict=True):
                 keep[kind][i] = mask
+        if coarse:
+            carry = amount - sum(costs["heads"][i] * float((~keep["heads"][i]).sum()) for i in piece)
     return heads_of_slots(keep, scores, blocks) if queries else keep
 
 
-def layer_shares(damages: list[float], costs: list[float], ratio: float, most: float) -> list[float]:
+def layer_shares(damages: list[float], costs: list[float], ratio: float, most: float | list[float]) -> list[float]:
     """The share of its own cost that each layer loses, `ratio` of all in sum, by what losing `ratio` was measured to do to it.
 
     Damage is taken to grow with the square of the share: of all that sum to the budget, shares in inverse proportion to the
-    damage do least. No layer loses more than `most`; what it is spared the others lose.
+    damage do least. No layer loses more than `most` (of each, or of all); what it is spared the others lose.
     """
     damage, cost = torch.tensor(damages, dtype=torch.float64).clamp_min(1e-30), torch.tensor(costs, dtype=torch.float64)
     shares, full = torch.zeros_like(cost), torch.zeros(len(cost), dtype=torch.bool)
+    most = torch.as_tensor(most, dtype=torch.float64).expand_as(cost)
     for _ in range(len(cost)):
-        left = ratio * cost.sum() - most * cost[full].sum()
+        left = ratio * cost.sum() - (most * cost)[full].sum()
         scale = left / (cost[~full] / damage[~full]).sum()
         shares = torch.where(full, most, scale / damage)
         if not (shares > most + 1e-12).any():
             break
         full |= shares > most
-    return shares.clamp(max=most).tolist()
+    return shares.minimum(most).tolist()
 
 
 def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keeps: dict[int, Keep],
@@ -327,7 +337,8 @@ def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, s
     keeps = {i: choose(scores, ratio=part * of_layers[i] / whole, allocation="global", floor=floor,
                        **chosen | {"layers": range(i, i + 1)}) for i in layers}  # fmt: skip
     damages = layer_damages(lm, blocks, samples, batch_size, keeps, seed, directory, on_disk, refit)
-    parts = layer_shares([damages[i] for i in layers], [of_layers[i] for i in layers], part, 1 - floor)
+    most = [most_to_remove(blocks, range(i, i + 1), chosen["kinds"], floor) / of_layers[i] for i in layers]
+    parts = layer_shares([damages[i] for i in layers], [of_layers[i] for i in layers], part, most)
     return [of_it * of_layers[i] / (ratio * whole) for of_it, i in zip(parts, layers, strict=True)], damages
 
 

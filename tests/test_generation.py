@@ -77,7 +77,7 @@ def test_smaller_models_are_measured_beside_the_dense_one(tmp_path):
     dense, pruned = measured["dense"], measured["pruned"]
     gone = 1 - pruned["block_parameters"] / dense["block_parameters"]
     assert "sparsity" not in dense and pruned["sparsity"] == pytest.approx(gone)
-    assert 0.3 <= pruned["sparsity"] < 0.32 and pruned["macs_per_example"] < dense["macs_per_example"]
+    assert 0.3 <= pruned["sparsity"] < 0.32 and pruned["macs_of_prompt"] < dense["macs_of_prompt"]
     assert pruned["cache_bytes_per_token"] == dense["cache_bytes_per_token"] * 4 // 6
     assert dense["parameters"] - pruned["parameters"] == dense["block_parameters"] - pruned["block_parameters"]
     assert how["split"] == "test" and how["token_length"] == 32 and how["prompt"] == 16
