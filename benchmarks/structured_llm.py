@@ -1,7 +1,7 @@
 """Structured pruning of the tiny LM by finetune_llama3.py: what it costs without training, what training gives back, how fast.
 
     python benchmarks/structured_llm.py                       the tables: three seeds
-    python benchmarks/structured_llm.py --seeds 0             a part of them
+    python benchmarks/structured_llm.py --seeds 0 --names Taylor   a part of them, beside what is there
     python benchmarks/structured_llm.py --collect             run nothing: the runs that are finished
     python benchmarks/structured_llm.py --speed               only the speeds and the cost of importance, beside what is there
 
@@ -232,6 +232,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing a model and measurement, at least [10]")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     parser.add_argument("--speed", action="store_true", help="only speeds and the cost of importance")
+    parser.add_argument("--names", nargs="+", choices=(*UNTRAINED, *TRAINED), help="only these rows, beside what is there")
     args = parser.parse_args(argv)
     path = RESULTS.with_suffix(".json")
     record = read_json(path) if path.exists() else {"runs": []}
@@ -241,16 +242,16 @@ def main(argv=None) -> None:
         write_atomic(path, json.dumps(record, indent=1) + "\n")
         write_atomic(RESULTS.with_suffix(".md"), tables(record))
 
-    if not args.collect:
+    if not (args.collect or args.names):
         record |= {"speeds": measure_speeds(args.seconds), "importance": measure_importance()}
         save()
-    if not args.speed:
-        rows = []
-        for seed in args.seeds:
-            for name, (flags, ratios) in UNTRAINED.items():
-                rows += [prune(name, flags, ratio, seed, args) for ratio in ratios]
-            rows += [prune(name, flags, None, seed, args) for name, flags in TRAINED.items()]
-            record["runs"] = [row for row in rows if row]
+    wanted = args.names or (*UNTRAINED, *TRAINED)
+    rows = {(row["name"], row["ratio"], row["seed"]): row for row in record["runs"]}
+    for seed in args.seeds if not args.speed else ():
+        for name in wanted:
+            flags, ratios = UNTRAINED.get(name) or (TRAINED[name], (None,))
+            rows |= {(name, ratio, seed): prune(name, flags, ratio, seed, args) for ratio in ratios}
+            record["runs"] = [row for row in rows.values() if row]
             save()
     print(tables(record))
 
