@@ -65,7 +65,8 @@ def train(name: str, model: Path | str, method: str, sparsity: float, seed: int,
     print(f"  perplexity {trained['perplexity']:.2f}, sparsity {trained['sparsity']:.4f}", flush=True)
     return {"sparsity_asked": sparsity, "method": method, "seed": seed, "steps": STEPS, "command": record["shown"],
             "perplexity": trained["perplexity"], "sparsity": trained["sparsity"],
-            "before": record["metrics"]["pruned"]["perplexity"], "seconds": record["timings"]["training"]}  # fmt: skip
+            "before": record["metrics"]["pruned"]["perplexity"], "seconds": record["timings"]["training"],
+            "threads": record["environment"]["threads"]}  # fmt: skip
 
 
 def measure(sparsity: float, seed: int, args) -> list[dict]:
@@ -114,7 +115,8 @@ def tables(record: dict) -> str:
         orders.append(f"at {sparsity:g} for {holds} of {len(shared)} seeds")
     where = record["environment"]
     return (f"{table(lines, markdown=True)}\n\nPerplexity, mean ± standard deviation over the seeds. The order pruned > LoRA > "
-            f"full holds {', '.join(orders)}. {where['threads']} threads, {where['cpu']}.\n")  # fmt: skip
+            f"full holds {', '.join(orders)}. Threads of a run: {', '.join(sorted({str(row['threads']) for row in rows}))}; others ran "
+            f"beside it where that is 1. {where['cpu']}.\n")  # fmt: skip
 
 
 def main(argv=None) -> None:
