@@ -113,10 +113,10 @@ def tables(record: dict) -> str:
         shared = sorted(set(full) & set(lora))
         holds = sum(before["full"][seed] > lora[seed] > full[seed] for seed in shared)
         orders.append(f"at {sparsity:g} for {holds} of {len(shared)} seeds")
-    where = record["environment"]
+    where, threads = record["environment"], ", ".join(sorted({str(row["threads"]) for row in rows}))
     return (f"{table(lines, markdown=True)}\n\nPerplexity, mean ± standard deviation over the seeds. The order pruned > LoRA > "
-            f"full holds {', '.join(orders)}. Threads of a run: {', '.join(sorted({str(row['threads']) for row in rows}))}; others ran "
-            f"beside it where that is 1. {where['cpu']}.\n")  # fmt: skip
+            f"full holds {', '.join(orders)}. Threads of a run: {threads}; others ran beside it where that is 1. "
+            f"{where['cpu']}.\n")  # fmt: skip
 
 
 def main(argv=None) -> None:
