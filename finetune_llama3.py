@@ -1,8 +1,8 @@
 """Structured pruning of Llama-3-like models that respects grouped-query attention, and recovery by full fine-tuning or LoRA.
 
     python finetune_llama3.py --fast                                    the tiny LM, minutes
-    python finetune_llama3.py --base_model DIR --save_ckpt_log_name NAME --pruning_ratio 0.25 --prune_mlp --save_model \\
-        --test_after_prune --finetune --finetune_method full            a model of your own
+    python finetune_llama3.py --base_model DIR --prune_mlp --save_model --finetune                a model of your own
+    python finetune_llama3.py --base_model DIR --prune_mlp --save_model --finetune --distill      taught by the dense one
 
 Whole groups go: a KV head with all its query heads (or, with --gqa_mode queries, as many query heads of every KV head), an FFN
 neuron. A group's score is what its going costs the loss when all that is left makes up for it (--importance obs: ZipLM, arXiv

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # else inductor fails where a test has imported distutils before
+
 import pytest
 from huggingface_hub import constants
 
