@@ -106,7 +106,7 @@ def prune(args, base: Path, samples, tokenizer, run: Run, device) -> None:
         n_blocks = len(lm) * (1 + len([*filter(None, sweeps)])) if sweeps else 0
         with run.timed("importance"), tqdm(total=n_blocks, desc="importance", leave=False, disable=None) as bar:
             found = structured.group_scores(lm, blocks, samples, size, args.scorers, args.seed, work, args.offload_activations,
-                                            bar.update)  # fmt: skip
+                                            lambda _: bar.update())  # fmt: skip
         scores = importance.combine([found[name] for name in args.scorers])
         checkpoint.save_tensors(scored, {f"{kind}.{i}": score for kind in KINDS for i, score in enumerate(scores[kind])})
     stored = checkpoint.load_tensors(scored)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from common.blocks import Block
 from common.checkpoint import save_tensors
@@ -25,13 +26,15 @@ QUANTILES = 1024  # of a projection's scores, kept to choose its sparsity by
 
 
 @contextmanager
-def input_moments(block: Block, full: bool = True):
+def input_moments(block: Block, full: bool = True, only: tuple[nn.Linear, ...] | None = None):
     """Inside, every forward of the block adds up X^T X of what its projections read; `full` False: only its diagonal.
+    only: of the inputs of these projections [all].
 
     Yields {projection: (in, in) or (in,) fp32}; projections that share an input share the tensor. After it they are means
     over the tokens.
     """
     moments, n_tokens, handles = {}, 0, []
+    inputs = [linears for linears in block.inputs if only is None or set(only) & set(linears)]
 
     def note(first, count):
         def hook(module, args):
@@ -43,7 +46,7 @@ def input_moments(block: Block, full: bool = True):
 
         return hook
 
-    for i, linears in enumerate(block.inputs):
+    for i, linears in enumerate(inputs):
         n = linears[0].in_features
         moments |= dict.fromkeys(linears, torch.zeros((n, n) if full else (n,), device=linears[0].weight.device))
         handles.append(linears[0].register_forward_pre_hook(note(linears[0], i == 0)))
@@ -52,7 +55,7 @@ def input_moments(block: Block, full: bool = True):
     finally:
         for handle in handles:
             handle.remove()
-    for linears in block.inputs:
+    for linears in inputs:
         moments[linears[0]] /= max(1, n_tokens)
 
 
@@ -76,6 +79,41 @@ def output_gradients(fishers: dict[nn.Linear, torch.Tensor]):
             handle.remove()
 
 
+def forward_states(lm: StreamedLM, samples: torch.Tensor, batch_size: int, directory: Path, on_disk: bool,
+            done: Callable[[str], None] = lambda _: None) -> list[Activations]:  # fmt: skip
+    """The inputs of all blocks of the dense model, and the output of the last one."""
+    states = [lm.embed(samples, batch_size, directory / "states-0" if on_disk else None)]
+    for i in range(len(lm)):
+        following = Activations(directory / f"states-{i + 1}" if on_disk else None)
+        with lm.loaded(i), torch.no_grad():
+            for b in range(len(states[i])):
+                following.append(lm.run(i, states[i][b].to(lm.device)))
+        states.append(following)
+        done("forward")
+    return states
+
+
+def head_gradients(lm: StreamedLM, samples: torch.Tensor, batch_size: int, states: Activations, start: str,
+                   generator: torch.Generator, directory: Path, on_disk: bool) -> Activations:  # fmt: skip
+    """Gradients at the last block's output: of each sample's mean loss (labels), or from `curvature_seed`s (curvature)."""
+    grads = Activations(directory / f"gradients-{start}" if on_disk else None)
+    at_once = max(1, LOGITS_AT_ONCE // (batch_size * lm.model.config.vocab_size))
+    for b in range(len(states)):
+        ids, parts = samples[b * batch_size : (b + 1) * batch_size].to(lm.device), []
+        for part in range(0, ids.shape[1], at_once):  # what follows the last block knows no other token
+            of_part = states[b][:, part : part + at_once].to(lm.device).clone().requires_grad_()
+            logits = lm.logits(ids[:, part : part + at_once], of_part)  # (B, at_once, V)
+            if start == "labels":
+                targets = functional.pad(ids, (0, 1), value=-100)[:, part + 1 : part + at_once + 1]
+                loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+                parts.append(torch.autograd.grad(loss / (ids.shape[1] - 1), of_part)[0])
+            else:
+                seed = curvature_seed(logits.detach(), logits.detach(), 1.0, generator)
+                parts.append(torch.autograd.grad(logits, of_part, seed)[0])
+        grads.append(torch.cat(parts, 1))
+    return grads
+
+
 def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: int, directory: Path, on_disk: bool,
                  pattern: Pattern | None, done: Callable[[str], None]) -> dict[str, torch.Tensor]:  # fmt: skip
     """One forward and one backward of the dense model, block by block: `fisher-<i>.safetensors` in `directory`.
@@ -86,24 +124,8 @@ def fisher_sweep(lm: StreamedLM, samples: torch.Tensor, batch_size: int, seed: i
     `pattern` none.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = [lm.embed(samples, batch_size, directory / "states-0" if on_disk else None)]
-    for i in range(len(lm)):
-        following = Activations(directory / f"states-{i + 1}" if on_disk else None)
-        with lm.loaded(i), torch.no_grad():
-            for b in range(len(inputs[i])):
-                following.append(lm.run(i, inputs[i][b].to(lm.device)))
-        inputs.append(following)
-        done("forward")
-    grads = Activations(directory / "gradients" if on_disk else None)
-    at_once = max(1, LOGITS_AT_ONCE // (batch_size * lm.model.config.vocab_size))
-    for b in range(len(inputs[-1])):
-        ids, parts = samples[b * batch_size : (b + 1) * batch_size], []
-        for part in range(0, ids.shape[1], at_once):  # what follows the last block knows no other token
-            states = inputs[-1][b][:, part : part + at_once].to(lm.device).clone().requires_grad_()
-            logits = lm.logits(ids[:, part : part + at_once], states)  # (B, at_once, V)
-            start = curvature_seed(logits.detach(), logits.detach(), 1.0, generator)
-            parts.append(torch.autograd.grad(logits, states, start)[0])
-        grads.append(torch.cat(parts, 1))
+    inputs = forward_states(lm, samples, batch_size, directory, on_disk, done)
+    grads = head_gradients(lm, samples, batch_size, inputs[-1], "curvature", generator, directory, on_disk)
     curves, n_tokens = {}, samples.numel()
     for i in reversed(range(len(lm))):
         with lm.loaded(i) as block:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from common.blocks import KINDS, Block, group_costs, group_counts
 from common.checkpoint import load_causal_lm, load_tensors, save_tensors
-from common.curvature import LOGITS_AT_ONCE, output_gradients
-from common.importance import GateRecorder, Scores, curvature_seed, l2_scores, random_scores
+from common.curvature import forward_states, head_gradients, input_moments, output_gradients
+from common.importance import GateRecorder, Scores, l2_scores, random_scores
 from common.one_shot import FISHER_DAMPING, damped, inverse_of
 from common.pruning import Keep, gram_matrices, refit_, select, shrink_, zero_groups_
 from common.runs import read_json, write_atomic
@@ -36,7 +33,7 @@ ALLOCATIONS = ("global", "sensitivity", "uniform")
 
 
 def group_scores(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, scorers: tuple[str, ...],
-                 seed: int, directory: Path, on_disk: bool = False, done: Callable[[], None] = lambda: None
+                 seed: int, directory: Path, on_disk: bool = False, done: Callable[[str], None] = lambda _: None
                  ) -> dict[str, Scores]:  # fmt: skip
     """Scores of every group of every block by each of `scorers`, from samples (n, length).
 
@@ -50,14 +47,14 @@ def group_scores(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
         if name in scorers:
             found[name] = _joined([_of_weights(lm, i, blocks[i], score, generator) for i in range(len(lm))])
     sweeps = sweeps_of(scorers)
-    inputs = forward(lm, samples, batch_size, directory, on_disk, done) if sweeps else []
+    inputs = forward_states(lm, samples, batch_size, directory, on_disk, done) if sweeps else []
     for start, wanted in sweeps.items():
         grads = head_gradients(lm, samples, batch_size, inputs[-1], start, generator, directory, on_disk) if start else None
         of_blocks = []
         for i in reversed(range(len(lm))):
             with lm.loaded(i):
                 of_blocks.append(_of_block(lm, i, blocks[i], inputs[i], grads, wanted))
-            done()
+            done("backward")
         found |= {name: _joined([of_block[name] for of_block in reversed(of_blocks)]) for name in wanted}
         if grads is not None:
             grads.drop()
@@ -85,50 +82,14 @@ def _of_weights(lm: StreamedLM, i: int, block: Block, score, generator: torch.Ge
         return {kind: values[0] for kind, values in score([block], generator).items()}
 
 
-def forward(lm: StreamedLM, samples: torch.Tensor, batch_size: int, directory: Path, on_disk: bool,
-            done: Callable[[], None] = lambda: None) -> list[Activations]:  # fmt: skip
-    """The inputs of all blocks of the dense model, and the output of the last one."""
-    states = [lm.embed(samples, batch_size, directory / "states-0" if on_disk else None)]
-    for i in range(len(lm)):
-        following = Activations(directory / f"states-{i + 1}" if on_disk else None)
-        with lm.loaded(i), torch.no_grad():
-            for b in range(len(states[i])):
-                following.append(lm.run(i, states[i][b].to(lm.device)))
-        states.append(following)
-        done()
-    return states
-
-
-def head_gradients(lm: StreamedLM, samples: torch.Tensor, batch_size: int, states: Activations, start: str,
-                   generator: torch.Generator, directory: Path, on_disk: bool) -> Activations:  # fmt: skip
-    """Gradients at the last block's output: of each sample's mean loss (labels), or from `curvature_seed`s (curvature)."""
-    grads = Activations(directory / f"gradients-{start}" if on_disk else None)
-    at_once = max(1, LOGITS_AT_ONCE // (batch_size * lm.model.config.vocab_size))
-    for b in range(len(states)):
-        ids, parts = samples[b * batch_size : (b + 1) * batch_size].to(lm.device), []
-        for part in range(0, ids.shape[1], at_once):  # what follows the last block knows no other token
-            of_part = states[b][:, part : part + at_once].to(lm.device).clone().requires_grad_()
-            logits = lm.logits(ids[:, part : part + at_once], of_part)  # (B, at_once, V)
-            if start == "labels":
-                targets = functional.pad(ids, (0, 1), value=-100)[:, part + 1 : part + at_once + 1]
-                loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
-                parts.append(torch.autograd.grad(loss / (ids.shape[1] - 1), of_part)[0])
-            else:
-                seed = curvature_seed(logits.detach(), logits.detach(), 1.0, generator)
-                parts.append(torch.autograd.grad(logits, of_part, seed)[0])
-        grads.append(torch.cat(parts, 1))
-    return grads
-
-
 def _of_block(lm: StreamedLM, i: int, block: Block, inputs: Activations, grads: Activations | None, wanted: list[str]
               ) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
     """Scores of one loaded block, by scorer and kind; `grads`, at its output, become those at its input."""
     recorded = tuple(dict.fromkeys(RECORDED[name] for name in wanted if name in RECORDED))
     recorder = GateRecorder(None, [block], recorded, len(inputs))
-    readers, curved, n_tokens = (block.attention.o, block.ffn.out), "obs" in wanted, 0
-    fishers = {linear: torch.zeros(linear.out_features, linear.out_features, device=lm.device) for linear in readers if curved}
-    grams = {linear: torch.zeros(linear.in_features, linear.in_features, device=lm.device) for linear in readers if curved}
-    with added_inputs(grams), output_gradients(fishers):
+    readers, n_tokens = (block.attention.o, block.ffn.out) if "obs" in wanted else (), 0
+    fishers = {linear: torch.zeros(linear.out_features, linear.out_features, device=lm.device) for linear in readers}
+    with input_moments(block, only=readers) as grams, output_gradients(fishers):
         for b in range(len(inputs)):
             states = inputs[b].to(lm.device).clone().requires_grad_(grads is not None)
             n_tokens += states.shape[0] * states.shape[1]
@@ -145,27 +106,10 @@ def _of_block(lm: StreamedLM, i: int, block: Block, inputs: Activations, grads: 
             scores[name] = {kind: values[0] for kind, values in averages[RECORDED[name]].items()}
         else:
             widths = (block.attention.o.in_features // block.attention.n_groups, 1)
-            costs = [removal_costs(linear.weight, grams[linear] / n_tokens, fishers[linear] / n_tokens, width)
+            costs = [removal_costs(linear.weight, grams[linear], fishers[linear] / n_tokens, width)
                      for linear, width in zip(readers, widths, strict=True)]  # fmt: skip
             scores[name] = dict(zip(KINDS, costs, strict=True))
     return scores
-
-
-@contextmanager
-def added_inputs(grams: dict[nn.Linear, torch.Tensor]):
-    """Inside, every forward adds X^T X of what each of these projections reads to its matrix (in, in) fp32."""
-
-    def note(module, args):
-        x = args[0].detach().float().flatten(0, -2)  # (tokens, in)
-        with torch.autocast(x.device.type, enabled=False):
-            grams[module].addmm_(x.T, x)
-
-    handles = [linear.register_forward_pre_hook(note) for linear in grams]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -284,15 +228,14 @@ def layer_shares(damages: list[float], costs: list[float], ratio: float, most: f
 
 
 def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keeps: dict[int, Keep],
-                  seed: int, directory: Path, on_disk: bool = False, refit: bool = True,
-                  done: Callable[[], None] = lambda: None) -> dict[int, float]:  # fmt: skip
+                  seed: int, directory: Path, on_disk: bool = False, refit: bool = True) -> dict[int, float]:  # fmt: skip
     """What pruning one block alone does to the model's predictions, for each block of `keeps`: nats a token.
 
     The block runs with its groups removed (and refitted); the change of its outputs is measured in the curvature that the rest
     of the model has there, 1/2 E[(g . d)^2], g the gradients from `curvature_seed` and d the change, of each token.
     """
     generator, damages = torch.Generator().manual_seed(seed), {}
-    inputs = forward(lm, samples, batch_size, directory, on_disk, done)
+    inputs = forward_states(lm, samples, batch_size, directory, on_disk)
     grads = head_gradients(lm, samples, batch_size, inputs[-1], "curvature", generator, directory, on_disk)
     for i in reversed(range(min(keeps, default=0), len(lm))):
         with lm.loaded(i):
@@ -315,7 +258,6 @@ def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, ba
                         change = lm.run(i, inputs[i][b].to(lm.device)).cpu() - output
                         felt.append((change * grad).sum(-1).square().mean())
                 damages[i] = 0.5 * float(torch.stack(felt).mean())
-        done()
     for states in (*inputs, grads):
         states.drop()
     return damages
@@ -358,7 +300,7 @@ def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], f
 
 
 def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keep: Keep, parts: Path,
-                 on_disk: bool = False, done: Callable[[], None] = lambda: None) -> list[float]:  # fmt: skip
+                 on_disk: bool = False) -> list[float]:  # fmt: skip
     """Write each block of `keep` with its removed groups at zero to `parts`/block-<i>.safetensors, its output projections
     solved again (pruning.refit_linear_): o, then with it the FFN's. Blocks see what the pruned ones before them give.
 
@@ -372,7 +314,6 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
             with lm.loaded(i, load_tensors(path)):
                 lm.advance(i, hidden)
             errors += read_json(path.with_suffix(".json"))
-            done()
             continue
         dtypes, whole = lm.stored(i), {kind: [torch.ones_like(of_block[kind][0])] for kind in KINDS}
         with lm.loaded(i):
@@ -390,7 +331,6 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
         write_atomic(path.with_suffix(".json"), json.dumps(found))
         save_tensors(path, kept)
         errors += found
-        done()
     hidden.drop()
     return errors
 
@@ -402,8 +342,6 @@ def pruned_model(base: Path, keep: Keep, parts: Path | None = None):
     model = load_causal_lm(base)
     if parts is not None:
         for path in sorted(parts.glob("block-*.safetensors")):
-            missing = set(load_tensors(path)) - {name for name, _ in model.named_parameters()}
-            if missing:
-                raise KeyError(f"{path}: {', '.join(sorted(missing))}")
-            model.load_state_dict(load_tensors(path), strict=False)
+            if unknown := model.load_state_dict(load_tensors(path), strict=False).unexpected_keys:
+                raise KeyError(f"{path}: {', '.join(unknown)}")
     return model, shrink_(model, keep)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from common import checkpoint, data, eval_utils, runs
 from common.blocks import blocks_of, total_cost
 from common.runs import REPOSITORY, read_json
+from tests.killing import die_at
 
 SCRIPT = REPOSITORY / "8_pruning_with_finetuning.py"
 WORDS = [f"w{i}" for i in range(100)]
@@ -258,22 +259,6 @@ def test_curves_for_tensorboard(script, quick, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ killed, and again
-
-
-def die_at(owner, name, k, after=False):
-    """Kill this process at the k-th call of `owner.name`, before or after what it does."""
-    original, calls = getattr(owner, name), []
-
-    def call(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == k and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == k:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, call)
 
 
 def die_in_step(script, step):

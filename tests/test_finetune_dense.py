@@ -1,7 +1,6 @@
 """The script as a user meets it: what it trains and writes, on one process and several, killed and going on, and refused."""
 
 import csv
-import functools
 import gc
 import importlib.util
 import io
@@ -31,6 +30,7 @@ from common import assets, checkpoint, eval_utils, finetuning, runs, text
 from common.blocks import blocks_of
 from common.runs import REPOSITORY, read_json
 from common.sparse_trainer import WHOLE, SparseTrainer, check_sparsity, last_checkpoint, prunable_weights
+from tests.killing import die_at
 from tests.test_main_block import sentences
 from tests.test_streaming import cut, one_thread  # noqa: F401
 
@@ -484,23 +484,6 @@ def test_two_machines_learn_the_same(alone, base, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- one process, killed
-
-
-def die_at(owner, name, k, after=False):
-    """Kill this process at the k-th call of `owner.name`, before or after what it does."""
-    original, calls = getattr(owner, name), []
-
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == k and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == k:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, call)
 
 
 def in_a_step():

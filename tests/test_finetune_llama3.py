@@ -37,6 +37,7 @@ from common import assets, checkpoint, eval_utils, generation, runs, streaming, 
 from common.blocks import blocks_of
 from common.runs import REPOSITORY, read_json
 from common.sparse_trainer import WHOLE, SparseTrainer, last_checkpoint
+from tests.killing import die_at
 from tests.test_main_block import sentences
 from tests.test_streaming import one_thread  # noqa: F401
 
@@ -400,23 +401,6 @@ def test_even_heads_that_do_not_divide_the_width(base, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ killed, and again
-
-
-def die_at(owner, name, k, after=False):
-    """Kill this process at the k-th call of `owner.name`, before or after what it does."""
-    original, calls = getattr(owner, name), []
-
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == k and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == k:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, call)
 
 
 #  how to die, and what the same command then says

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import main_block
 from common import checkpoint, curvature, eval_utils, runs, streaming, text
 from common.runs import REPOSITORY, read_json
+from tests.killing import die_at
 from tests.test_8_pruning_with_finetuning import load_script
 from tests.test_streaming import all_tensors, cut, edit_config, one_thread, random_lm, rename  # noqa: F401
 
@@ -372,22 +373,6 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(kfac, tmp_path, monkeypatch,
 
 
 # ------------------------------------------------------------------------------------------------------ killed, and again
-
-
-def die_at(owner, name, k, after=False):
-    """Kill this process at the k-th call of `owner.name`, before or after what it does."""
-    original, calls = getattr(owner, name), []
-
-    def call(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == k and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == k:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, call)
 
 
 MOMENTS = {  # name -> how to die, blocks that are done by then
