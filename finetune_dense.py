@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from common import assets, checkpoint, data, eval_utils, finetuning, lora, memory_plan, runs, sparse_trainer, text, train_utils
 from common.checkpoint import load_causal_lm
+from common.optimizers import TORCHAO, WHOLE_ONLY, for_trainer
 from common.runs import Run, UserError, table
 from common.sharding import shard_
 from common.sparse_trainer import SparseTrainer
@@ -48,13 +49,14 @@ PRESETS = [
     ("warmup", 0.03, 0.03, "share of the steps in which the learning rate rises", (0, 1)),
     ("weight_decay", 0.0, 0.0, "of the optimizer, on matrices", (0, 10)),
     ("optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights) and adamw_8bit need torchao",
-     ("adamw", "adamw_stochastic", "adamw_8bit", "adafactor", "sgd")),
+     ("adamw", "muon", "adamw_stochastic", "adamw_8bit", "adafactor", "sgd")),
     ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
     ("lora_r", 8, 8, "rank of the adapters", (1, 10**4)),
     ("lora_alpha", 16.0, 16.0, "their scale is lora_alpha / lora_r", (1e-6, 10**6)),
     ("lora_dropout", 0.05, 0.05, "before the adapters", (0, 0.9)),
-    ("distill_weight", 0.5, 0.5, "share of --distill_from in the loss", (0, 1)),
-    ("hidden_weight", 0.0, 0.0, "of matching what each of its blocks gives, added", (0, 10**4)),
+    ("distill_from", "none", "dense", "model to learn from as well: a directory, or dense: the one the pruning's record names"),
+    ("distill_weight", 0.5, 1.0, "share of --distill_from in the loss", (0, 1)),
+    ("hidden_weight", 0.0, 10.0, "of matching what each of its blocks gives, added", (0, 10**4)),
     ("temperature", 1.0, 1.0, "of distillation", (0.01, 1000)),
 ]
 SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "resume", "save_every", "seed", "device",
@@ -63,7 +65,6 @@ SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "re
 NO_RESULT = (*runs.NO_RESULT, "dataset", "save", "dense_model", "eval_text", "token_length", "stride", "report_to", "fsdp",
              "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "gpu_memory", "num_processes",
              "device", "fast")  # fmt: skip
-TORCHAO = ("adamw_8bit", "adamw_stochastic")
 
 
 def find_model(args) -> assets.Asset:
@@ -85,16 +86,6 @@ def find_model(args) -> assets.Asset:
         if code := subprocess.run([sys.executable, runs.REPOSITORY / command[0], *command[1:]], check=False).returncode:
             raise UserError(f"main_block.py ended with exit status {code}: no model to train")
     return assets.resolve_model(str(pruned()[0]), args.data_dir, args.source)
-
-
-def find_dense(args, directory: Path) -> Path | None:
-    """The dense model that a pruned one was made of, by the record of the run that made it."""
-    if args.dense_model is not None:
-        return args.dense_model
-    for _, record in runs.finished_runs(args.out_dir, "one_shot"):
-        if Path(record["model_dir"]).resolve() == directory.resolve() and Path(record["dense_dir"]).exists():
-            return Path(record["dense_dir"])
-    return None
 
 
 def accumulation(args, n_processes: int) -> int:
@@ -167,7 +158,7 @@ def train(args, base: Path, streams, run: Run, processes: PartialState, total: i
         trainer = SparseTrainer(
             model=model, args=arguments, train_dataset=windows["train"], eval_dataset=windows["validation"], masks=masks,
             teacher=teacher, distill_weight=args.distill_weight, hidden_weight=args.hidden_weight, temperature=args.temperature,
-            optimizer_cls_and_kwargs=finetuning.of_torchao(args.optim, args.learning_rate) if args.optim in TORCHAO else None,
+            optimizer_cls_and_kwargs=for_trainer(args.optim, args.learning_rate, model),
             callbacks=[stop, finetuning.Console(run if is_main else None),
                        finetuning.EarlyStoppingCallback(args.patience, args.min_delta)])  # fmt: skip
         finetuning.quiet_(trainer)
@@ -175,8 +166,8 @@ def train(args, base: Path, streams, run: Run, processes: PartialState, total: i
         processes.wait_for_everyone()
         if is_main:
             run.record |= {"status": "running", "sparsity": {"before": sparsity}, "student_dir": base, "model_dir": target}
-            run.record |= {"dense_dir": dense} if (dense := find_dense(args, base)) else {}
-            run.record.pop("metrics", None)
+            run.record |= {"dense_dir": args.dense_model} if args.dense_model else {}
+            run.record.pop("evaluation", None)
             print(f"*** Starting sparse {'full' if args.method == 'full' else 'LoRA'} fine-tuning ***\n"
                   f"Initial model sparsity: {sparsity:.4f}\nTrainable params: {trained:,} || All params: {n:,} || "
                   f"Trainable%: {100 * trained / n:.2f}\n{f'resumed from {resumed}' if resumed else ''}", flush=True)
@@ -211,9 +202,9 @@ def write(args, ended, state: dict, base: Path, target: Path, tokenizer, run: Ru
     run.save()  # an evaluation that is killed does not take the training with it
 
 
-def perplexities(args, directories: dict[str, Path], device) -> tuple[dict, dict]:
+def perplexities(args, directories: dict[str, Path], source, device) -> tuple[dict, dict]:
     """Perplexity, sparsity and bytes of model directories on the test split of --eval_text; and how it was measured."""
-    source, found, how = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir), {}, {}
+    found, how = {}, {}
     for name, directory in directories.items():
         model = load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
         found[name], how = eval_utils.perplexity_on(model, data.load_tokenizer(directory, model.config), source,
@@ -241,7 +232,6 @@ def parse_args(argv):
     parser.add_argument("--precision", default="auto", choices=(*train_utils.PRECISIONS, "bf16"), help="bf16: all of it [auto]")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=0, help="0: by --effective_batch_size [0]")
     parser.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over processes (FSDP2)")
-    parser.add_argument("--distill_from", type=Path, help="directory of the dense model to learn from as well")
     parser.add_argument("--dense_model", type=Path, help="the dense model, for the table [what the pruning's record names]")
     parser.add_argument("--eval_text", default="auto", help="text of the table's perplexities [auto]")
     parser.add_argument("--token_length", type=int, default=0, help="of its windows; 0: the model's, at most 2048 [0]")
@@ -290,17 +280,21 @@ def main(argv=None) -> None:
     is_main, n_processes = processes.is_main_process, args.num_processes or processes.num_processes
     if args.fsdp and n_processes == 1:
         raise UserError("--fsdp: shards over processes, and there is one. Start several with torchrun, or leave it out")
-    if args.fsdp and args.optim in ("adamw_8bit", "adafactor"):
+    if args.fsdp and args.optim in WHOLE_ONLY:
         raise UserError(f"--optim {args.optim}: cannot step on --fsdp's pieces. Expected adamw, adamw_stochastic or sgd")
     n_accumulated = accumulation(args, n_processes)
     with processes.main_process_first():  # what is missing is made once
         base = find_model(args)
         outline = checkpoint.outline(base.path, AutoModelForCausalLM)
+        args.dense_model = args.dense_model or finetuning.find_dense(args.out_dir, base.path)
+        if is_main and args.distill_from == "dense" and args.dense_model is None:
+            print(f"note: no record names the dense model of {base.path}: no distillation (--distill_from DIR)", flush=True)
+        args.distill_from = {"none": None, "dense": args.dense_model}.get(args.distill_from, args.distill_from)
         teacher, _ = (path and checkpoint.outline(path, AutoModelForCausalLM) for path in (args.distill_from, args.dense_model))
         tokenizer = data.load_tokenizer(base.path, outline.config)
         source = text.prepare_text(args.dataset, args.data_dir, args.source, args.local_dir)
         streams = {split: text.token_stream(source.path, split, tokenizer) for split in ("train", "validation")}
-        text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)  # refused now, not when all is trained
+        tested = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)
     total = check(args, outline, source, streams, teacher)
     settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in NO_RESULT}
     settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}
@@ -318,7 +312,7 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
     run = Run(args.out_dir, "finetune", settings, args.run_name, args.resume)
     target = args.save or run.model_dir
     checkpoint.check_target(target, base.path)
-    with run if is_main else nullcontext():
+    with run if is_main else nullcontext(), finetuning.ends_told(run):
         processes.wait_for_everyone()  # the run is open; what was there is moved aside where that was asked for
         done = "best" in runs.read_json(run.dir / "run.json") and checkpoint.is_result_of(target, run.config)
         processes.wait_for_everyone()
@@ -331,14 +325,20 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
         if weights:
             with run.timed("writing"):
                 write(args, ended, weights, base.path, target, tokenizer, run)
-        if is_main and "metrics" not in run.record:
+        windows = outline.config, args.token_length, args.stride
+        if is_main and not eval_utils.is_measure_of(run.record.get("evaluation"), tested, *windows):
             dense = run.record.get("dense_dir")
             models = ({"dense": Path(dense)} if dense else {}) | {"pruned": base.path} | sibling(args, base.path, run)
             with run.timed("measuring"):
-                run.record["metrics"], run.record["evaluation"] = perplexities(args, models | {args.method: target}, device)
+                found = perplexities(args, models | {args.method: target}, tested, device)
+            run.record["metrics"], run.record["evaluation"] = found
+            run.save()
             checkpoint.drop(run.checkpoint_dir)
     if is_main:
         print("", table(eval_utils.comparison(run.record["metrics"])), sep="\n")
+        before, now = (run.record["metrics"][name]["perplexity"] for name in ("pruned", args.method))
+        if now > before:
+            print("\nnote: training made it worse. Try a lower --learning_rate, or --distill_from dense (the unpruned model)")
         print("\n" + "   ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run.record["timings"].items()))
         print(f"\nmodel   {run.record['model_dir']}\nrecord  {run.dir / 'run.json'}")
 

@@ -257,11 +257,7 @@ def check(args, base: Path, outline, source, stream, tested) -> int:
     if args.pruning_ratio:
         budget(args, blocks, layers_to_prune(args, len(blocks)), KINDS if args.prune_mlp else ("heads",))
     if args.finetune_method == "lora" and args.lora_target_modules:
-        inside = {linear for block in blocks for linear in block.projections}
-        names = {name.rpartition(".")[2] for name, module in outline.named_modules() if module in inside}
-        if missing := set(args.lora_target_modules) - names:
-            raise UserError(f"--lora_target_modules {','.join(sorted(missing))}: not in this model's blocks; expected some of "
-                            f"{', '.join(sorted(names))}")  # fmt: skip
+        finetuning.check_targets(outline, args.lora_target_modules)
     length = args.ppl_seqlen or min(2048, longest)
     for tokens in (stream, tested):
         eval_utils.check_perplexity(outline, tokens, length, length, None, "tokens")
@@ -308,6 +304,9 @@ running      {args.precision}, {args.device}"""
         with runs.logged_to(run.dir / "training.log"), finetuning.ends_told(run):
             print(plan, flush=True)
             print(f"run          {run.dir}{' (finished before; --resume never starts anew)' * run.finished}\n", flush=True)
+            if run.finished and not eval_utils.is_measure_of(run.record["evaluation"], tested, outline.config, args.ppl_seqlen):
+                raise UserError(f"{run.dir}: was measured with another --eval_text or --ppl_seqlen. To measure its model "
+                                "again: python main_block.py --eval DIR. To start anew: --resume never")  # fmt: skip
             if "metrics" not in run.record:
                 work(args, base.path, samples, stream, tested, tokenizer, run, total, device)
             pruned, others = run.dir / "pruned", [] if args.save_model else [run.model_dir]

@@ -33,9 +33,9 @@ DISTILLED = ["--distill_from", "{dense}", "--distill_weight", "1", "--hidden_wei
 METHODS = {  # the model in the rows: flags of finetune_dense.py
     "dense, trained as long": [],
     "LoRA": ["--method", "lora", "--lora_dropout", "0", *DISTILLED],
-    "full": DISTILLED,
+    "full": ["--optim", "muon", *DISTILLED],
 }
-RATES = {"dense, trained as long": {0.2: 3e-5, 0.5: 3e-5}, "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 5e-4, 0.5: 1.5e-3}}
+RATES = {"dense, trained as long": {0.2: 3e-5, 0.5: 3e-5}, "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 7e-4, 0.5: 2e-3}}
 SETTINGS = ["--num_epochs", "1", "--batch_size", "4", "--effective_batch_size", "4", "--block_size", "512", "--n_evaluations",
             "4", "--patience", "10", "--max_eval_samples", "100", "--no_gradient_checkpointing"]  # fmt: skip
 STEPS = 1200  # of 4 x 512 tokens

@@ -155,6 +155,13 @@ def perplexity_on(model, tokenizer, source, token_length: int = 0, stride: int =
     return {"perplexity": found["perplexity"], "n_tokens": found["n_tokens"]}, how
 
 
+def is_measure_of(how: dict | None, source, config, token_length: int = 0, stride: int = 0) -> bool:
+    """Whether how something was measured, by `perplexity_on`, is how it would be now. how: None where nothing was."""
+    length = token_length or min(2048, n_positions(config) or 2048)
+    asked = {"sha256": source.record["sha256"], "token_length": length, "stride": stride or length}
+    return how is not None and {key: how[key] for key in asked} == asked
+
+
 def scoring_dtype(device: torch.device) -> torch.dtype | None:
     """In what a model is loaded to be scored: fp32 on CPUs, so that no rounding depends on the processor, else as stored."""
     return torch.float32 if device.type == "cpu" else None

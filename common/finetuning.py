@@ -15,11 +15,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from common.runs import Interrupted, Run, UserError
+from common.blocks import blocks_of
+from common.runs import Interrupted, Run, UserError, finished_runs
 from common.sparse_trainer import last_checkpoint
 
 __all__ = ["HALVES", "Console", "EarlyStoppingCallback", "Epochs", "StopTogether", "TrainingArguments", "Windows",
-           "check_teacher", "of_torchao", "part", "quiet_", "stored_dtype"]  # fmt: skip
+           "check_teacher", "part", "quiet_", "stored_dtype"]  # fmt: skip
 HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # what products are in where weights are in fp32
 
 
@@ -66,6 +67,14 @@ def part() -> None:
         dist.destroy_process_group()
 
 
+def find_dense(out_dir: Path, directory: Path) -> Path | None:
+    """The dense model that main_block.py made a pruned one of, by the record of that run."""
+    for _, record in finished_runs(out_dir, "one_shot"):
+        if Path(record["model_dir"]).resolve() == Path(directory).resolve() and Path(record["dense_dir"]).exists():
+            return Path(record["dense_dir"])
+    return None
+
+
 def check_teacher(student, teacher, flag: str, hidden_weight: float) -> None:
     """UserError where a teacher's predictions, or with `hidden_weight` its hidden states, are no pattern for a student's."""
     ours, theirs = student.config, teacher.config
@@ -76,6 +85,15 @@ def check_teacher(student, teacher, flag: str, hidden_weight: float) -> None:
     if hidden_weight and shapes[0] != shapes[1]:
         raise UserError(f"--hidden_weight {hidden_weight:g}: the teacher has {shapes[1][0]} blocks of width {shapes[1][1]}, "
                         f"the model {shapes[0][0]} of {shapes[0][1]}. Use --hidden_weight 0")  # fmt: skip
+
+
+def check_targets(model, names: tuple[str, ...]) -> None:
+    """UserError where LoRA is asked onto projections that the model's blocks do not have."""
+    inside = {linear for block in blocks_of(model) for linear in block.projections}
+    there = {name.rpartition(".")[2] for name, module in model.named_modules() if module in inside}
+    if missing := set(names) - there:
+        raise UserError(f"--lora_target_modules {','.join(sorted(missing))}: not in this model's blocks; expected some of "
+                        f"{', '.join(sorted(there))}")  # fmt: skip
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -198,18 +216,6 @@ class Epochs(Console):
                    f"LR: {kept['learning_rate']:.2e}")  # fmt: skip
         if before + 1 == self.per_epoch:
             tqdm.write(f"✅ epoch {epoch + 1} done, mean loss: {mean:.4f}")
-
-
-def of_torchao(name: str, learning_rate: float) -> tuple[type, dict]:
-    """torchao's AdamW, for a Trainer's `optimizer_cls_and_kwargs`: adamw_stochastic, or adamw_8bit with moments of 8 bits.
-
-    Both round bf16 weights up or down at random, in proportion, so that updates smaller than a bf16 step add up
-    (arXiv 2010.06192); plain AdamW in bf16 rounds them away.
-    """
-    from torchao.optim.adam import AdamW8bit, _AdamW
-
-    kinds = {"adamw_stochastic": _AdamW, "adamw_8bit": AdamW8bit}
-    return kinds[name], {"lr": learning_rate, "bf16_stochastic_round": True}
 
 
 class StopTogether(TrainerCallback):

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from common.blocks import blocks_of, layers_of
+from common.optimizers import WHOLE_ONLY
 
 GIB = 2**30
 FRAMEWORK = GIB  # CUDA's context, and the workspaces of cuBLAS and cuDNN
@@ -47,7 +48,7 @@ def plan(outline, *, method: str, precision: str, optim: str, batch_size: int, b
         "weights in half precision": _cast(outline, n_prunable) if full and "mixed" in precision and not fsdp else 0,
         "gradients": learnt * n_trained / shards,
         "gradients in DDP's buckets": learnt * n_trained if n_processes > 1 and not fsdp else 0,
-        "optimizer states": _states(trained, optim, learnt) / shards,
+        "optimizer states": _states(trained, optim, learnt, outline.config.vocab_size) / shards,
         "masks": n_prunable / 8 / shards if full else 0,
         "gathered by FSDP": base * _gathered(outline) if fsdp else 0,
         "activations, inputs of blocks": layers * n_tokens * _width(blocks_of(outline)[0]) * base if checkpointing else 0,
@@ -76,7 +77,7 @@ def advice(outline, *, gpu_bytes: int, **chosen) -> list[str]:
         return needed <= gpu_bytes
 
     least = chosen.get("n_processes", 1) + bool(chosen.get("fsdp"))
-    whole = {"optim": "adamw"} if chosen["optim"] in ("adamw_8bit", "adafactor") else {}  # those cannot step on pieces
+    whole = {"optim": "adamw"} if chosen["optim"] in WHOLE_ONLY else {}
     flags = "--fsdp" + " --optim adamw" * bool(whole)
     for n in (2**i for i in range(1, MOST_GPUS.bit_length())):
         if n >= least and fits(f"FSDP over {n} GPUs ({flags})", fsdp=True, n_processes=n, **whole):
@@ -104,8 +105,12 @@ def _trained_shapes(model, method: str, r: int) -> list[tuple[int, ...]]:
     return [shape for linear in _projections(model) for shape in ((r, linear.in_features), (linear.out_features, r))]
 
 
-def _states(shapes: list[tuple[int, ...]], optim: str, width: int) -> int:
-    """Bytes of the optimizer's states: moments as wide as the weights, 8 bits each, or (adafactor) sums of rows and columns."""
+def _states(shapes: list[tuple[int, ...]], optim: str, width: int, vocabulary: int) -> int:
+    """Bytes of the optimizer's states: moments as wide as the weights (muon: one of a matrix), 8 bits each, or (adafactor) sums
+    of rows and columns.
+    """
+    if optim == "muon":
+        return width * sum(prod(shape) * (1 if len(shape) == 2 and vocabulary not in shape else 2) for shape in shapes)
     if optim == "adafactor":
         return sum(4 * (sum(shape) if len(shape) > 1 else prod(shape)) for shape in shapes)
     return MOMENTS[optim] * (1 if optim == "adamw_8bit" else width) * sum(map(prod, shapes))

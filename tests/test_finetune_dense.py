@@ -83,7 +83,7 @@ def base(tiny):
     return ["--fast", "--model", tiny / "pruned", "--dataset", tiny / "text", "--eval_text", tiny / "text", "--data_dir",
             tiny / "data", "--dense_model", tiny / "dense", "--block_size", LENGTH, "--batch_size", 1,
             "--effective_batch_size", BATCH, "--max_train_samples", STEPS * BATCH, "--max_eval_samples", 8, "--precision", "32",
-            "--device", "cpu"]  # fmt: skip
+            "--device", "cpu", "--distill_from", "none", "--hidden_weight", 0]  # fmt: skip
 
 
 def only_run(out):
@@ -666,6 +666,29 @@ def test_a_finished_run_is_not_trained_again(alone, base, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert folder == alone[0] and record == alone[1] and before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert "(trained before; " in shown and shown.splitlines()[-1] == f"record  {folder / 'run.json'}"
+
+
+def test_other_windows_are_measured_and_nothing_is_trained(alone, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_dense, "train", lambda *_: pytest.fail("again"))
+    shutil.copytree(alone[0], tmp_path / "finetune" / alone[0].name)
+    _, record = run([*base, "--token_length", 32], tmp_path)
+    assert (record["evaluation"]["token_length"], alone[1]["evaluation"]["token_length"]) == (32, 128)
+    assert record["metrics"]["full"]["perplexity"] != alone[1]["metrics"]["full"]["perplexity"]
+    assert read_json(only_run(tmp_path) / "run.json") == record | {"status": "finished"}
+    assert run(base, tmp_path)[1]["metrics"] == alone[1]["metrics"]
+
+
+def test_a_checkpoint_that_fills_the_disk(alone, base, tmp_path, monkeypatch, capsys):
+    def filled(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # as torch.save has it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseTrainer, "_save_optimizer_and_scheduler", filled)
+        assert as_program([*base, "--out_dir", tmp_path]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith(f"error: {only_run(tmp_path)}: could not write a checkpoint") and "Free some space" in printed
+    assert read_json(only_run(tmp_path) / "run.json")["status"] == "failed"
+    assert weights(run(base, tmp_path)[0]) == weights(alone[0])
 
 
 def test_what_changes_no_result_changes_none(alone, base, tmp_path, capsys):

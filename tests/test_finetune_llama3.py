@@ -937,6 +937,22 @@ def test_a_finished_run_is_not_done_again(base, left_alone, monkeypatch, capsys)
         assert f"{found['perplexity']:.2f}" in again.shown.replace(",", "")
 
 
+def test_a_finished_run_that_was_measured_otherwise(base, tiny, left_alone, monkeypatch, capsys):
+    """Its pruned model is gone, so it cannot be measured as the others of its table were."""
+    nothing_is_loaded(monkeypatch)
+    other = tiny / "other"
+    other.mkdir()
+    for split in ("validation", "test"):
+        (other / f"{split}.txt").write_text((tiny / "text" / "train.txt").read_text())
+    argv, before = [*base, *SCENARIOS["1"].split(), "--out_dir", left_alone.folder.parent.parent], left_alone.record
+    for flags in (["--ppl_seqlen", 32], ["--eval_text", other]):
+        assert as_program([*argv, *flags]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: {left_alone.folder}: was measured with another --eval_text or --ppl_seqlen")
+        assert "main_block.py --eval" in printed and "--resume never" in printed and printed.count("\n") == 1
+    assert read_json(left_alone.folder / "run.json") == before
+
+
 def test_a_run_can_be_started_anew(base, tmp_path):
     argv = [*base, "--pruning_ratio", 0.25, "--save_ckpt_log_name", "mine", "--save_model"]
     first = Ended(argv, tmp_path)
