@@ -708,7 +708,7 @@ def joined(flags):
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "bf16-mixed", "--optim", "adafactor"],
-                                   ["--optim", "sgd", "--learning_rate", 0.1, "--weight_decay", 0.1],
+                                   ["--optim", "sgd", "--learning_rate", 0.1, "--weight_decay", 0.1], ["--optim", "muon"],
                                    ["--distill_from", "DENSE", "--scheduler", "linear"]], ids=joined)  # fmt: skip
 def test_other_ways_to_train(flags, base, tiny, tmp_path):
     flags = [str(tiny / "dense") if flag == "DENSE" else flag for flag in flags]
@@ -754,6 +754,39 @@ def test_8_bit_adamw(base, started, tiny, tmp_path):
     folder = only_run(tmp_path / "out")
     looks = list(curve(folder, "validation_perplexity").values())
     assert looks[-1] < 0.9 * looks[0] and same_zeros(zeros(folder / "model"), zeros(tiny / "pruned"))
+
+
+def test_muon_on_two_processes_and_killed(base, started, tiny, tmp_path):
+    argv = [*base, "--optim", "muon", "--num_epochs", 0.5]
+    one, _ = run(argv, tmp_path / "one")
+    ended, shown = started(1, argv, tmp_path / "killed", in_a_step)
+    assert ended == [-signal.SIGKILL], shown
+    assert weights(run(argv, tmp_path / "killed")[0]) == weights(one)
+    ended, shown = started(2, argv, tmp_path / "two")
+    assert ended == [0, 0], shown
+    assert_same_curves(one, only_run(tmp_path / "two"), 1e-3)  # its products are in bf16
+    assert same_zeros(zeros(one / "model"), zeros(only_run(tmp_path / "two") / "model"))
+
+
+def test_the_fast_preset_learns_from_the_model_that_was_pruned(base, tiny, tmp_path, capsys):
+    argv = base[: base.index("--distill_from")]
+    _, record = run([*argv, "--num_epochs", 0.1], tmp_path / "named")
+    assert (record["config"]["distill_from"], record["config"]["hidden_weight"]) == (str(tiny / "dense"), 10)
+    argv[argv.index("--dense_model") : argv.index("--dense_model") + 2] = []
+    capsys.readouterr()
+    _, record = run([*argv, "--num_epochs", 0.1], tmp_path / "nobody")
+    assert record["config"]["distill_from"] is None and "dense" not in record["metrics"]
+    assert f"note: no record names the dense model of {tiny / 'pruned'}" in capsys.readouterr().out
+
+
+def test_harm_is_told(base, tmp_path, capsys):
+    note = "note: training made it worse. Try a lower --learning_rate"
+    _, record = run([*base, "--learning_rate", 0.9, "--num_epochs", 0.2], tmp_path / "harmed")
+    assert record["metrics"]["full"]["perplexity"] > record["metrics"]["pruned"]["perplexity"]
+    assert note in capsys.readouterr().out
+    _, record = run(base, tmp_path / "healed")
+    assert record["metrics"]["full"]["perplexity"] < record["metrics"]["pruned"]["perplexity"]
+    assert note not in capsys.readouterr().out
 
 
 def test_distillation_in_two_processes(base, started, tiny, tmp_path):
@@ -1010,7 +1043,7 @@ def test_flags_that_change_no_result_are_flags(capsys):
     assert set(finetune_dense.NO_RESULT) - flags <= set(runs.NO_RESULT)
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit", "muon"])
 def test_optimizers_that_cannot_step_on_pieces(optim, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "require", lambda *_: None)
     argv = [*base, "--dry_run", "--fsdp", "--num_processes", 2, "--optim", optim, "--out_dir", tmp_path]

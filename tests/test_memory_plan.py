@@ -79,6 +79,7 @@ def test_bf16_halves_weights_gradients_and_moments(small):
     ("adamw_stochastic", 8 * N),
     ("adamw_8bit", 2 * N),
     ("adafactor", 4 * (2 * (50 + 16) + 3 * (4 * (16 + 16) + 3 * (16 + 24) + 2 * 16) + 16)),
+    ("muon", 8 * N - 4 * PROJECTIONS * 3),
     ("sgd", None),
 ])  # fmt: skip
 def test_optimizer_states_by_hand(small, optim, expected):
