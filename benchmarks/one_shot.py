@@ -113,14 +113,14 @@ model.save_pretrained(target, save_compressed=False)
 """
 
 
-def peer_python(folder: Path) -> Path:
-    """An environment with llm-compressor in it, made once."""
+def peer_python(folder: Path, requirements: list[str]) -> Path:
+    """An environment with this repository's torch and what is required, made once."""
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     if not (folder / "ready").exists():
         pinned = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").split()
-        version = next(line for line in pinned if line.startswith("torch=="))
+        torch_version = next(line for line in pinned if line.startswith("torch=="))
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for requirement in (version, LLMCOMPRESSOR):
+        for requirement in (torch_version, *requirements):
             subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=True)
         (folder / "ready").write_text("")
     return python
@@ -141,7 +141,7 @@ def run_peer(case: str, method: str, seed: int, args, dense: float) -> dict | No
     checkpoint.save_tensors(folder / "tokens.safetensors", {"ids": samples})
     script = folder / "oneshot.py"
     script.write_text(ONESHOT.format(modifier=OTHERS[method], sparsity=sparsity, structure=structure), encoding="utf-8")
-    python = peer_python(args.peer or folder / "venv")
+    python = peer_python(args.peer or folder / "venv", [LLMCOMPRESSOR])
     print(f"$ llm-compressor: {OTHERS[method]}, {case}, seed {seed}", flush=True)
     done = subprocess.run([python, script, base.path, folder / "tokens.safetensors", folder / "model", str(seed)],
                           capture_output=True, text=True, check=False)  # fmt: skip

@@ -6,7 +6,9 @@
     python benchmarks/structured_llm.py --speed               only the speeds and the cost of importance, beside what is there
 
 Every run is `finetune_llama3.py` on assets/tiny_llama and the news: 128 x 512 calibration tokens; its perplexity is of the test
-split. What is compared is the excess: log-perplexity over the dense model's. Training is the guide's scenario 1 (1,000 windows
+split. What is compared is the excess: log-perplexity over the dense model's. Torch-Pruning takes as much from the same model by
+the same calibration tokens, in an environment of its own: neurons and, as it does under grouped-query attention, query heads;
+its rounding is coarse, so the nearest of several ratios asked counts. Training is the guide's scenario 1 (1,000 windows
 of 512 tokens, two epochs, batches of 4), as it is, and with a rate for this small model and the dense one as the teacher.
 Speeds are of a random Llama of 100 M parameters, whose products outweigh what Python takes, one sequence, fp32, in turns. The
 cost of importance is that of all groups' scores against a forward and a backward with gradients of all weights, on the same
@@ -21,6 +23,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,16 +35,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
+from one_shot import peer_python  # noqa: E402
 from pruning_frontier import met  # noqa: E402
 from recovery import run, spread  # noqa: E402
 
-from common import generation, structured, train_utils  # noqa: E402
+from common import assets, generation, structured, text, train_utils  # noqa: E402
 from common.blocks import KINDS, blocks_of  # noqa: E402
-from common.checkpoint import load_causal_lm  # noqa: E402
+from common.checkpoint import load_causal_lm, save_tensors  # noqa: E402
+from common.data import load_tokenizer  # noqa: E402
 from common.eval_utils import _resident_peak  # noqa: E402
 from common.importance import random_scores  # noqa: E402
 from common.pruning import shrink_  # noqa: E402
-from common.runs import Parser, environment, read_json, run_script, table, write_atomic  # noqa: E402
+from common.runs import Parser, UserError, environment, read_json, run_script, table, write_atomic  # noqa: E402
 from common.streaming import StreamedLM  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "structured_llm"
@@ -59,7 +64,13 @@ UNTRAINED = {
     "fisher": (["--importance", "fisher"], (0.25,)),
     "fisher, no refit": (["--importance", "fisher", "--no_refit"], (0.25,)),
 }
-OURS, WANTED = "obs (the default: ends protected)", {"L2, uniform": 1 / 3, "Taylor": 0.7}
+PEERS = {  # scores and ranking of Torch-Pruning
+    "Torch-Pruning, L2, local": ("l2", "local"),
+    "Torch-Pruning, L2, global": ("l2", "global"),
+    "Torch-Pruning, Taylor, local": ("taylor", "local"),
+    "Torch-Pruning, Taylor, global": ("taylor", "global"),
+}
+OURS, WANTED = "obs (the default: ends protected)", {"L2, uniform": 1 / 3, "Taylor": 0.7} | dict.fromkeys(PEERS, 1.0)
 SCENARIO = ["--finetune", "--finetune_epochs", "2", "--finetune_samples", "1000", "--finetune_grad_accum", "4",
             "--finetune_warmup_steps", "50", "--no_gradient_checkpointing"]  # fmt: skip
 TAUGHT = ["--distill", "--distill_weight", "1", "--hidden_weight", "10"]
@@ -75,6 +86,81 @@ LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
          "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": True}  # fmt: skip
 SPEEDS = {0.25: 1.2, 0.5: 1.6}
 IMPORTANCE = {"seconds": 1.3, "memory": 1.1}
+
+TORCH_PRUNING = "torch-pruning==1.6.1"
+PEER = """
+import copy, json, math, sys, torch, torch_pruning as tp
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+directory, tokens, scores, ranking, ratio = sys.argv[1:]
+tokens, ratio = load_file(tokens), float(ratio)
+whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+whole.config.use_cache = False
+config = whole.config
+for piece in tokens["calibration"].split(8) if scores == "taylor" else ():
+    whole(input_ids=piece, labels=piece).loss.backward()
+gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+
+def size(model):
+    return sum(p.numel() for name, p in model.named_parameters() if "_proj." in name)
+
+def prune(asked):
+    model = copy.deepcopy(whole)
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name]
+    parts = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
+    heads = {a.q_proj: config.num_attention_heads for a, _ in parts}
+    heads |= {linear: config.num_key_value_heads for a, _ in parts for linear in (a.k_proj, a.v_proj)}
+    of_group = config.num_attention_heads // config.num_key_value_heads
+    of_heads = math.floor(asked * of_group) / of_group
+    left = asked * size(model) - of_heads * sum(a.q_proj.weight.numel() + a.o_proj.weight.numel() for a, _ in parts)
+    of_neurons = left / sum(3 * m.up_proj.weight.numel() for _, m in parts)
+    kept = [model.lm_head, model.model.embed_tokens, *(linear for a, m in parts for linear in (a.o_proj, m.down_proj))]
+    importance = tp.importance.GroupTaylorImportance() if scores == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
+    tp.pruner.BasePruner(model, tokens["calibration"][:1, :8], importance, global_pruning=ranking == "global",
+                         pruning_ratio=of_neurons, ignored_layers=kept, num_heads=heads, prune_num_heads=True,
+                         prune_head_dims=False, head_pruning_ratio=of_heads,
+                         output_transform=lambda output: output.logits.sum()).step()
+    for a, _ in parts:
+        a.num_key_value_groups = a.q_proj.out_features // a.k_proj.out_features
+    return model, 1 - size(model) / size(whole)
+
+@torch.no_grad()
+def perplexity(model):
+    total, n = 0.0, 0
+    for piece in tokens["test"].split(int(config.max_position_embeddings)):
+        if len(piece) > 1:
+            logits = model(input_ids=piece[None]).logits[0, :-1]
+            total, n = total + float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum")), n + len(piece) - 1
+    return math.exp(total / n)
+
+model, removed = min((prune(ratio * (1 + step / 20)) for step in range(9)), key=lambda pruned: abs(pruned[1] - ratio))
+print(json.dumps({"dense": perplexity(whole), "perplexity": perplexity(model), "sparsity": removed}))
+"""
+
+
+def run_peer(name: str, ratio: float, seed: int, args) -> dict | None:
+    """Torch-Pruning on the same tokens as a row. Its models are pickles that no `transformers` loads: it scores them itself."""
+    if args.collect:
+        return None
+    folder = args.out_dir / "torch_pruning"
+    folder.mkdir(parents=True, exist_ok=True)
+    base, source = assets.resolve_model("tiny_llama", args.data_dir), text.prepare_text("news", args.data_dir)
+    tokenizer = load_tokenizer(base.path, load_causal_lm(base.path).config)
+    train, test = (text.token_stream(source.path, split, tokenizer) for split in ("train", "test"))
+    save_tensors(folder / "tokens.safetensors", {"calibration": text.calibration_samples(train, 128, 512, seed),
+                                                 "test": torch.from_numpy(test.astype("int64"))})  # fmt: skip
+    (folder / "prune.py").write_text(PEER, encoding="utf-8")
+    pinned = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").split()
+    python = peer_python(folder / "venv", [*(line for line in pinned if line.startswith("transformers==")), TORCH_PRUNING])
+    print(f"$ {TORCH_PRUNING}: {name}, {ratio:g}, seed {seed}", flush=True)
+    done = subprocess.run([python, folder / "prune.py", base.path, folder / "tokens.safetensors", *PEERS[name], str(ratio)],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{TORCH_PRUNING} failed: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"  perplexity {found['perplexity']:.2f}, removed {found['sparsity']:.3f}", flush=True)
+    return {"name": name, "ratio": ratio, "seed": seed, "command": TORCH_PRUNING, "pruned": None, **found}
 
 
 def prune(name: str, flags: list[str], ratio: float | None, seed: int, args) -> dict | None:
@@ -164,7 +250,7 @@ def measure_importance() -> dict:
 
 
 def tables(record: dict) -> str:
-    rows, text = record["runs"], []
+    rows, parts = record["runs"], []
 
     def of(name, ratio, key):
         return [row[key] for row in rows if (row["name"], row["ratio"]) == (name, ratio) and row[key] is not None]
@@ -174,7 +260,7 @@ def tables(record: dict) -> str:
 
     lines = [["removed", "scores", "perplexity", "excess", "ours, share of it", "wanted", "met"]]
     for ratio in (0.25, 0.5):
-        for name in UNTRAINED:
+        for name in (*UNTRAINED, *PEERS):
             if not of(name, ratio, "perplexity"):
                 continue
             mean = statistics.mean(excess(name, ratio))
@@ -183,7 +269,7 @@ def tables(record: dict) -> str:
             lines.append([f"{ratio:g}", name, spread(of(name, ratio, "perplexity")), f"{mean:.3f}",
                           "" if share is None or name == OURS else f"{share:.2f}", "" if wanted is None else f"{wanted:.2f}",
                           "" if wanted is None or share is None else met(share <= wanted)])  # fmt: skip
-    text.append(table(lines, markdown=True))
+    parts.append(table(lines, markdown=True))
     as_long = of("dense, trained as long", None, "perplexity")
     if as_long:
         lines = [["0.25 removed, trained", "seeds", "perplexity", "against dense, as long", "allowed", "met", "minutes"]]
@@ -199,7 +285,7 @@ def tables(record: dict) -> str:
                 lines.append([name, len(values), spread(values), "" if name.startswith("dense") else f"{against:+.1%}",
                               "" if allowed is None else f"{allowed:+.0%}", "" if allowed is None else met(against <= allowed),
                               f"{statistics.mean(minutes):.1f}" if minutes else ""])  # fmt: skip
-        text.append(table(lines, markdown=True))
+        parts.append(table(lines, markdown=True))
     if speeds := record.get("speeds"):
         lines = [["100 M parameters, random", "prefill of 128 tokens", "decoding", "prefill", "decoding", "wanted", "met"]]
         for name, values in speeds.items():
@@ -209,7 +295,7 @@ def tables(record: dict) -> str:
             lines.append([name if name == "dense" else f"{name} removed", f"{values['prefill_ms']:.0f} ms",
                           f"{values['decode_tokens_per_second']:.1f} tokens/s", *(f"{ratio:.2f}x" for ratio in ratios),
                           *(("", "") if wanted is None else (f"{wanted:.1f}x", met(min(ratios) >= wanted)))])  # fmt: skip
-        text.append(table(lines, markdown=True))
+        parts.append(table(lines, markdown=True))
     if found := record.get("importance"):
         base = found["forward and backward"]
         lines = [["scores of all groups", "seconds", "of forward and backward", "allowed", "met", "memory", "allowed", "met"]]
@@ -219,11 +305,11 @@ def tables(record: dict) -> str:
                 lines.append([name, f"{values['seconds']:.1f}", f"{ratios[0]:.2f}x", f"{IMPORTANCE['seconds']}x",
                               met(ratios[0] <= IMPORTANCE["seconds"]), f"{ratios[1]:.2f}x", f"{IMPORTANCE['memory']}x",
                               met(ratios[1] <= IMPORTANCE["memory"])])  # fmt: skip
-        text.append(table(lines, markdown=True))
+        parts.append(table(lines, markdown=True))
     where = record["environment"]
-    text.append("Removed: of the parameters in attention and FFN. Mean ± standard deviation over seeds. Excess: log-perplexity "
-                f"over the dense model's. {where['threads']} threads, {where['cpu']}.")  # fmt: skip
-    return "\n\n".join(text) + "\n"
+    parts.append("Removed: of the parameters in attention and FFN. Mean ± standard deviation over seeds. Excess: "
+                 f"log-perplexity over the dense model's. {where['threads']} threads, {where['cpu']}.")  # fmt: skip
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv=None) -> None:
@@ -232,7 +318,8 @@ def main(argv=None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing a model and measurement, at least [10]")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     parser.add_argument("--speed", action="store_true", help="only speeds and the cost of importance")
-    parser.add_argument("--names", nargs="+", choices=(*UNTRAINED, *TRAINED), help="only these rows, beside what is there")
+    parser.add_argument("--names", nargs="+", choices=(*UNTRAINED, *TRAINED, *PEERS),
+                        help="only these rows, beside what is there")  # fmt: skip
     args = parser.parse_args(argv)
     path = RESULTS.with_suffix(".json")
     record = read_json(path) if path.exists() else {"runs": []}
@@ -245,13 +332,17 @@ def main(argv=None) -> None:
     if not (args.collect or args.names):
         record |= {"speeds": measure_speeds(args.seconds), "importance": measure_importance()}
         save()
-    wanted = args.names or (*UNTRAINED, *TRAINED)
+    wanted = args.names or (*UNTRAINED, *TRAINED, *PEERS)
     rows = {(row["name"], row["ratio"], row["seed"]): row for row in record["runs"]}
     for seed in args.seeds if not args.speed else ():
         for name in wanted:
-            flags, ratios = UNTRAINED.get(name) or (TRAINED[name], (None,))
-            rows |= {(name, ratio, seed): prune(name, flags, ratio, seed, args) for ratio in ratios}
-            record["runs"] = [row for row in rows.values() if row]
+            if name in PEERS:
+                found = {(name, 0.25, seed): run_peer(name, 0.25, seed, args)}
+            else:
+                flags, ratios = UNTRAINED.get(name) or (TRAINED[name], (None,))
+                found = {(name, ratio, seed): prune(name, flags, ratio, seed, args) for ratio in ratios}
+            rows |= {key: row for key, row in found.items() if row}
+            record["runs"] = list(rows.values())
             save()
     print(tables(record))
 
