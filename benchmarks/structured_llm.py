@@ -134,7 +134,12 @@ def perplexity(model):
             total, n = total + float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum")), n + len(piece) - 1
     return math.exp(total / n)
 
-model, removed = min((prune(ratio * (1 + step / 20)) for step in range(9)), key=lambda pruned: abs(pruned[1] - ratio))
+tried = []
+for step in range(12):
+    tried.append(prune(ratio * (1 + step / 20)))
+    if tried[-1][1] >= ratio:
+        break
+model, removed = min(tried, key=lambda pruned: abs(pruned[1] - ratio))
 print(json.dumps({"dense": perplexity(whole), "perplexity": perplexity(model), "sparsity": removed}))
 """
 

@@ -82,8 +82,8 @@ def test_it_goes_on_from_its_state():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_are_those_of_the_blocks(tied):
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                                         num_attention_heads=2, tie_word_embeddings=tied))  # fmt: skip
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=tied))
     found = {id(parameter) for parameter in matrices_of(model)}
     named = [name for name, parameter in model.named_parameters() if id(parameter) in found]
     assert len(named) == 2 * 7 and all(name.endswith("_proj.weight") for name in named)
