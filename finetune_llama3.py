@@ -306,7 +306,7 @@ running      {args.precision}, {args.device}"""
             print(f"run          {run.dir}{' (finished before; --resume never starts anew)' * run.finished}\n", flush=True)
             if run.finished and not eval_utils.is_measure_of(run.record["evaluation"], tested, outline.config, args.ppl_seqlen):
                 raise UserError(f"{run.dir}: was measured with another --eval_text or --ppl_seqlen. To measure its model "
-                                "again: python main_block.py --eval DIR. To start anew: --resume never")  # fmt: skip
+                                "again: python main_block.py --model DIR --eval. To start anew: --resume never")  # fmt: skip
             if "metrics" not in run.record:
                 work(args, base.path, samples, stream, tested, tokenizer, run, total, device)
             pruned, others = run.dir / "pruned", [] if args.save_model else [run.model_dir]

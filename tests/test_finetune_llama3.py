@@ -949,7 +949,7 @@ def test_a_finished_run_that_was_measured_otherwise(base, tiny, left_alone, monk
         assert as_program([*argv, *flags]) == 2
         printed = capsys.readouterr().err
         assert printed.startswith(f"error: {left_alone.folder}: was measured with another --eval_text or --ppl_seqlen")
-        assert "main_block.py --eval" in printed and "--resume never" in printed and printed.count("\n") == 1
+        assert "main_block.py --model DIR --eval" in printed and "--resume never" in printed and printed.count("\n") == 1
     assert read_json(left_alone.folder / "run.json") == before
 
 
