@@ -13,7 +13,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for matrices, AdamW for all else: embeddings, norms, biases.
 
     Muon (Jordan et al., 2024) makes a matrix's momentum orthogonal, so that a step is as large in every direction; its steps
-    are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so both take the same learning rate. It moves weights whose
+    are scaled to the size of AdamW's (arXiv 2502.16982), so both take the same learning rate. It moves weights whose
     gradients are zero: under masks they have to be masked too, as SparseTrainer does.
 
     params: groups, as a Trainer makes them. matrices: those of their parameters that Muon is for, all 2-D.
