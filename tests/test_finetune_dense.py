@@ -708,8 +708,9 @@ def joined(flags):
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "bf16-mixed", "--optim", "adafactor"],
-                                   ["--optim", "sgd", "--learning_rate", 0.1, "--weight_decay", 0.1], ["--optim", "muon"],
-                                   ["--distill_from", "DENSE", "--scheduler", "linear"]], ids=joined)  # fmt: skip
+                                   ["--optim", "sgd", "--learning_rate", 0.1, "--weight_decay", 0.1],
+                                   ["--distill_from", "DENSE", "--distill_weight", 0.5, "--scheduler", "linear"],
+                                   ["--optim", "muon"]], ids=joined)  # fmt: skip
 def test_other_ways_to_train(flags, base, tiny, tmp_path):
     flags = [str(tiny / "dense") if flag == "DENSE" else flag for flag in flags]
     folder, record = run([*base, "--num_epochs", 0.5, *flags], tmp_path)
