@@ -6,9 +6,9 @@
 Models: assets/tiny_llama, and a Llama of 100 M random parameters; 20 % of 16x16 blocks are zero, or half of all weights.
 Three trainers take turns: the plain one, under which zeros fill up; SparseTrainer; and one that finds the zeros again in every
 step, which is what the sparse trainers of the pruning literature do. A step is measured from the end of the one before to its
-own: forward, backward, clipping, masking, AdamW; ratios are of the same round, because a machine's speed drifts. Masking is timed alone as well, ours and theirs in turns. Peak memory: of a
-process of its own for each, resident, after some steps. The share of the data: seconds that the loader takes for the windows of
-a step, mapped from the disk, over those of the step.
+own: forward, backward, clipping, masking, AdamW; ratios are of the same round, because a machine's speed drifts. Masking is
+timed alone as well, ours and theirs in turns. Peak memory: of a process of its own for each, resident, after some steps. The
+share of the data: seconds that the loader takes for the windows of a step, mapped from the disk, over those of the step.
 
 Writes benchmarks/results/sparse_trainer.json (every measured step) and .md.
 """
@@ -197,8 +197,8 @@ def tables(record: dict) -> str:
                       f"{row['data_seconds'] / times['Trainer']:.1%}"])  # fmt: skip
     where, n = record["environment"], len(record["cases"][0]["seconds"]["Trainer"])
     device = where["gpus"][0] if record["device"] == "cuda" else f"{where['threads']} threads, {where['cpu']}"
-    return (f"{table(lines, markdown=True)}\n\nMedians (and quartiles, of rounds) of {n} steps of {record['settings']['n_windows']} x "
-            f"{record['settings']['block_size']} tokens, in turns; {record['precision']}, {device}.\n")  # fmt: skip
+    return (f"{table(lines, markdown=True)}\n\nMedians of {n} steps (and quartiles of rounds) of "
+            f"{record['settings']['n_windows']} x {record['settings']['block_size']} tokens, in turns; {record['precision']}, {device}.\n")  # fmt: skip
 
 
 def main(argv=None) -> None:
