@@ -198,7 +198,8 @@ def tables(record: dict) -> str:
     where, n = record["environment"], len(record["cases"][0]["seconds"]["Trainer"])
     device = where["gpus"][0] if record["device"] == "cuda" else f"{where['threads']} threads, {where['cpu']}"
     return (f"{table(lines, markdown=True)}\n\nMedians of {n} steps (and quartiles of rounds) of "
-            f"{record['settings']['n_windows']} x {record['settings']['block_size']} tokens, in turns; {record['precision']}, {device}.\n")  # fmt: skip
+            f"{record['settings']['n_windows']} x {record['settings']['block_size']} tokens, in turns; {record['precision']}, "
+            f"{device}.\n")  # fmt: skip
 
 
 def main(argv=None) -> None:

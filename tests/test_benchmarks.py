@@ -227,13 +227,15 @@ def test_sparse_trainer(tmp_path, monkeypatch, capsys):
     module.main(["--fast", "--block_size", 32, "--device", "cpu", "--cases", *cases])
     record = json.loads((tmp_path / "sparse_trainer.json").read_text(encoding="utf-8"))
     blocks, single = record["cases"]
-    assert {kind: len(times) for kind, times in blocks["seconds"].items()} == dict.fromkeys(module.TRAINERS, 2)
+    assert {kind: len(times) for kind, times in blocks["seconds"].items()} == dict.fromkeys(module.TRAINERS, 4)
     assert blocks["sparsity"] == pytest.approx(0.2, abs=0.05) and single["sparsity"] == pytest.approx(0.5, abs=0.02)
     assert blocks["sparsity_plain"] < 0.01 and single["sparsity_plain"] < 0.01  # the plain trainer fills them up
     assert single["weight_bytes"] == 16 * single["mask_bytes"] and blocks["mask_bytes"] < single["mask_bytes"] / 16
     shown = (tmp_path / "sparse_trainer.md").read_text(encoding="utf-8")
     assert shown.strip() in capsys.readouterr().out
     assert all(re.search(r"1\.060x \|\s+1\.05x \|\s+no \|", line) for line in shown.splitlines()[2:4])
+    drifting = {"Trainer": [1, 1, 2, 2, 4, 4], "SparseTrainer": [1.1, 1.1, 2, 2, 4.4, 4.4]}  # of rounds: 1.1, 1, 1.1
+    assert module.ratio({"seconds": drifting}, "SparseTrainer", 2) == pytest.approx((1.1, 1.05, 1.1))
 
 
 def test_memory_table(tmp_path, monkeypatch, capsys):
