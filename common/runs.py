@@ -10,6 +10,7 @@ import argparse
 import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -130,6 +131,9 @@ def _underscored(word: str) -> str:
 
 def run_script(main) -> None:
     """Run `main()` as a program: one line and exit status 2 for a UserError, 130 when interrupted, else a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a code page of Windows lacks a sign, ? is shown for it
     try:
         main()
     except UserError as error:

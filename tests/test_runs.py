@@ -1,6 +1,7 @@
 """Flags, the record of a run, and how a program ends."""
 
 import errno
+import io
 import json
 import os
 import random
@@ -137,6 +138,14 @@ def test_a_bug_keeps_its_traceback(error):
         run_script(main)
     assert raised.value is error
     assert run_script(lambda: None) is None
+
+
+def test_a_code_page_without_a_sign_stops_nothing(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))  # as Windows redirects to a file
+    run_script(lambda: print("✅ done"))
+    sys.stdout.flush()
+    assert written.getvalue() == b"? done\n"
 
 
 # ------------------------------------------------------------------------------------------------------- seed and device
