@@ -147,24 +147,24 @@ def masking(size: str, pattern: str, args) -> dict[str, float]:
 def measure(case: str, args) -> dict:
     size, pattern = CASES[case]
     seconds: dict[str, list[float]] = {kind: [] for kind in TRAINERS}
-    with tempfile.TemporaryDirectory() as folder:
-        made = {kind: make_trainer(kind, size, pattern, args, folder) for kind in TRAINERS}
-        masks = made["SparseTrainer"][0].masks
-        weights = sparse_trainer.prunable_weights(made["SparseTrainer"][0].model)
-        for n in range(args.n_rounds):
-            for kind in [*TRAINERS, *TRAINERS][n % len(TRAINERS) :][: len(TRAINERS)]:  # nobody is always first
-                trainer, clock = made[kind]
-                clock.marks.clear()
+    sparsity: dict[str, float] = {}
+    for n in range(args.n_rounds):
+        for kind in [*TRAINERS, *TRAINERS][n % len(TRAINERS) :][: len(TRAINERS)]:  # nobody is always first
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a new model: where it lies in memory counts
+                trainer, clock = make_trainer(kind, size, pattern, args, folder)
                 trainer.train()
                 seconds[kind] += [end - start for start, end in zip(clock.marks, clock.marks[1:], strict=False)]
-        start = time.perf_counter()
-        n_loaded = sum(1 for _ in made["Trainer"][0].get_train_dataloader())
-        data_seconds = (time.perf_counter() - start) / n_loaded
-        of_plain = sparse_trainer.check_sparsity(made["Trainer"][0].model)
-        sparsity = sparse_trainer.check_sparsity(made["SparseTrainer"][0].model)
-    found = {"case": case, "seconds": seconds, "sparsity": sparsity, "sparsity_plain": of_plain, "data_seconds": data_seconds,
+                sparsity[kind] = sparse_trainer.check_sparsity(trainer.model)
+                if kind == "SparseTrainer":
+                    masks = trainer.masks
+                    start = time.perf_counter()
+                    n_loaded = sum(1 for _ in trainer.get_train_dataloader())
+                    data_seconds = (time.perf_counter() - start) / n_loaded
+                    n_weights = sum(weight.numel() for weight in sparse_trainer.prunable_weights(trainer.model).values())
+    found = {"case": case, "seconds": seconds, "sparsity": sparsity["SparseTrainer"],
+             "sparsity_plain": sparsity["Trainer"], "data_seconds": data_seconds,
              "mask_bytes": sum(mask.nbytes for mask in masks.values()),
-             "weight_bytes": 2 * sum(weight.numel() for weight in weights.values()),
+             "weight_bytes": 2 * n_weights,
              "masking": masking(size, pattern, args),
              "memory": {kind: peak_memory(kind, size, pattern, args) for kind in TRAINERS}}  # fmt: skip
     print(case, {kind: round(median(times), 4) for kind, times in seconds.items()}, found["memory"], flush=True)
