@@ -150,7 +150,8 @@ def measure(case: str, args) -> dict:
     sparsity: dict[str, float] = {}
     for n in range(args.n_rounds):
         for kind in [*TRAINERS, *TRAINERS][n % len(TRAINERS) :][: len(TRAINERS)]:  # nobody is always first
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a new model: where it lies in memory counts
+            # each time a new model, because where it lies in memory counts
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 trainer, clock = make_trainer(kind, size, pattern, args, folder)
                 trainer.train()
                 seconds[kind] += [end - start for start, end in zip(clock.marks, clock.marks[1:], strict=False)]
