@@ -123,7 +123,7 @@ def training_arguments(args, run: Run, total: int, n_accumulated: int) -> finetu
         logging_steps=10, logging_nan_inf_filter=False, log_level="error", log_level_replica="error", disable_tqdm=True,
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-        prediction_loss_only=True, report_to=args.report_to, remove_unused_columns=False,
+        prediction_loss_only=True, report_to="wandb" if args.report_to == "wandb" else "none", remove_unused_columns=False,
         dataloader_pin_memory=args.device == "cuda")  # fmt: skip
     made._n_gpu = min(made.n_gpu, 1)  # of more GPUs than processes the Trainer would take all, by DataParallel
     return made
@@ -309,7 +309,7 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
     if args.dry_run:
         memory(args, outline, teacher, n_processes)
         return
-    run = Run(args.out_dir, "finetune", settings, args.run_name, args.resume)
+    run = Run(args.out_dir, "finetune", settings, args.run_name, args.resume, tensorboard=args.report_to == "tensorboard")
     target = args.save or run.model_dir
     checkpoint.check_target(target, base.path)
     with run if is_main else nullcontext(), finetuning.ends_told(run):

@@ -721,6 +721,17 @@ def test_other_ways_to_train(flags, base, tiny, tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}  # as the model that it came from
 
 
+def test_curves_for_tensorboard(base, tmp_path):
+    """They outlive the checkpoints, and are those of history.csv."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, _ = run([*base, "--num_epochs", 0.5, "--report_to", "tensorboard"], tmp_path)
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {"loss", "validation_perplexity"} <= set(events.Tags()["scalars"])
+    for metric in ("loss", "validation_perplexity"):
+        shown = {event.step: event.value for event in events.Scalars(metric)}
+        assert shown == pytest.approx(curve(folder, metric), rel=1e-6) and len(shown) >= 2
+
+
 def not_compiled():
     torch.compile = lambda function, **_: function  # torchao compiles its step, which takes a minute
 
