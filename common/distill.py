@@ -62,16 +62,19 @@ def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor, scale: 
     return functional.mse_loss(features.float(), teacher_features.float()) / scale
 
 
-def states_loss(states: list[torch.Tensor], teacher_states: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def states_loss(states: list[torch.Tensor], teacher_states: list[torch.Tensor], mask: torch.Tensor,
+                of_each: bool = False) -> torch.Tensor:  # fmt: skip
     """Mean over layers of the squared error of hidden states, in units of the teacher's mean square, padding left out; fp32.
 
     states, teacher_states: (B, T, H) a layer; mask: (B, T). Jiao et al. 2020 (arXiv 1909.10351), eq. 8, made scale-free.
+    of_each: every example in units of its own mean square, so that the loss of a batch is the mean of its parts' losses.
     """
-    real = mask.unsqueeze(-1).float()  # (B, T, 1)
+    real, dims = mask.unsqueeze(-1).float(), (1, 2) if of_each else (0, 1, 2)  # (B, T, 1)
     losses = []
     for ours, theirs in zip(states, teacher_states, strict=True):
         theirs = theirs.float()
-        losses.append(((ours.float() - theirs).square() * real).sum() / (theirs.square() * real).sum())
+        ratios = ((ours.float() - theirs).square() * real).sum(dims) / (theirs.square() * real).sum(dims)
+        losses.append(ratios.mean())
     return torch.stack(losses).mean()
 
 

@@ -253,7 +253,7 @@ class SparseTrainer(Trainer):
         taught = self.distill_weight * distill.token_kd_loss(*logits, self.temperature)
         if self.hidden_weight:
             states = outputs.hidden_states[1:], theirs.hidden_states[1:]
-            taught += self.hidden_weight * distill.states_loss(*states, torch.ones_like(inputs["input_ids"]))
+            taught += self.hidden_weight * distill.states_loss(*states, torch.ones_like(inputs["input_ids"]), of_each=True)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # then nobody divides by the accumulation
             taught = taught / self.current_gradient_accumulation_steps
         loss = (1 - self.distill_weight) * loss + taught

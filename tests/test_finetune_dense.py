@@ -703,6 +703,13 @@ def test_what_changes_no_result_changes_none(alone, base, tmp_path, capsys):
     assert same_zeros(zeros(tmp_path / "mine"), zeros(alone[0] / "model"))
 
 
+def test_distillation_does_not_depend_on_the_forwards_of_a_batch(base, tiny, tmp_path):
+    """Nor on the processes that share it: eight windows at once and one by one give the same curve."""
+    argv = [*base, "--num_epochs", 0.5, "--distill_from", tiny / "dense", "--distill_weight", 0.7, "--hidden_weight", 3]
+    (one, _), (eight, _) = (run([*argv, "--batch_size", size], tmp_path / str(size)) for size in (1, 8))
+    assert_same_curves(one, eight)
+
+
 def joined(flags):
     return " ".join(map(str, flags)).replace("/", "_")
 
