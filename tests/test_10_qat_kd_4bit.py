@@ -275,7 +275,7 @@ def test_states_are_compared_in_units_of_the_teachers():
                 for a, b in zip(ours, theirs, strict=True)]  # fmt: skip
     assert states_loss(ours, theirs, mask).item() == pytest.approx(sum(expected) / 3, rel=1e-5)
     assert states_loss(theirs, theirs, mask).item() == 0
-    parts = [states_loss([layer[i, None] for layer in ours], [layer[i, None] for layer in theirs], mask[i, None]) for i in (0, 1)]
+    parts = [states_loss(*([layer[i, None] for layer in states] for states in (ours, theirs)), mask[i, None]) for i in (0, 1)]
     assert states_loss(ours, theirs, mask, of_each=True).item() == pytest.approx(sum(parts).item() / 2, rel=1e-6)
 
 
