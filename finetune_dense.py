@@ -50,6 +50,7 @@ PRESETS = [
     ("weight_decay", 0.0, 0.0, "of the optimizer, on matrices", (0, 10)),
     ("optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights) and adamw_8bit need torchao",
      ("adamw", "muon", "adamw_stochastic", "adamw_8bit", "adafactor", "sgd")),
+    ("freeze_embeddings", False, True, "of --method full: embeddings and output head stay as they are"),
     ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
     ("lora_r", 8, 8, "rank of the adapters", (1, 10**4)),
     ("lora_alpha", 16.0, 16.0, "their scale is lora_alpha / lora_r", (1e-6, 10**6)),
@@ -102,7 +103,8 @@ def accumulation(args, n_processes: int) -> int:
 def memory(args, outline, teacher, n_processes: int) -> None:
     """Print what a device needs, and exit with status 3 where it has less."""
     chosen = {key: getattr(args, key) for key in ("method", "precision", "optim", "batch_size", "block_size", "fsdp", "lora_r")}
-    chosen |= {"n_processes": n_processes, "checkpointing": args.gradient_checkpointing, "teacher": teacher}
+    chosen |= {"n_processes": n_processes, "checkpointing": args.gradient_checkpointing, "teacher": teacher,
+               "freeze_embeddings": args.freeze_embeddings}  # fmt: skip
     plan, given = memory_plan.plan(outline, **chosen), args.gpu_memory * 2**20 if args.gpu_memory else None
     print("", table(memory_plan.rows(plan, given)), sep="\n")
     if given is not None and sum(plan.values()) > given:
@@ -134,6 +136,8 @@ def load_trained(args, base: Path):
     model = load_causal_lm(base, finetuning.stored_dtype(args.precision, args.method == "lora"))
     model.config.use_cache = False
     if args.method == "full":
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()) * args.freeze_embeddings:
+            table.requires_grad_(False)
         return model, sparse_trainer.masks_of(model)
     runs.seed_everything(args.seed)  # the adapters' start is random
     return lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.merge == "sparse"), {}
@@ -307,8 +311,7 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
         if (args.precision, args.optim) == ("bf16", "adamw"):
             print("note: bf16 weights round AdamW's small updates away; --optim adamw_stochastic does not", flush=True)
     if args.dry_run:
-        memory(args, outline, teacher, n_processes)
-        return
+        return memory(args, outline, teacher, n_processes)
     run = Run(args.out_dir, "finetune", settings, args.run_name, args.resume, tensorboard=args.report_to == "tensorboard")
     target = args.save or run.model_dir
     checkpoint.check_target(target, base.path)

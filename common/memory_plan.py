@@ -25,7 +25,8 @@ KEPT = {"gated": {"32": 14.5, "bf16": 18.5, "16-mixed": 24, "bf16-mixed": 24},
 
 
 def plan(outline, *, method: str, precision: str, optim: str, batch_size: int, block_size: int, n_processes: int = 1,
-         fsdp: bool = False, checkpointing: bool = True, lora_r: int = 8, teacher=None) -> dict[str, int]:  # fmt: skip
+         fsdp: bool = False, checkpointing: bool = True, lora_r: int = 8, teacher=None,
+         freeze_embeddings: bool = False) -> dict[str, int]:  # fmt: skip
     """Bytes on one device of each part that is there, by its name.
 
     outline, teacher: models on the meta device, of a family in common/blocks.py. method: full; or lora, whose base is frozen
@@ -33,7 +34,7 @@ def plan(outline, *, method: str, precision: str, optim: str, batch_size: int, b
     gradients and states in fp32, products in half precision; bf16: all in it. fsdp: weights, gradients, states and masks are
     divided by the processes. batch_size: windows of block_size tokens that a device takes at once.
     """
-    full, trained = method == "full", _trained_shapes(outline, method, lora_r)
+    full, trained = method == "full", _trained_shapes(outline, method, lora_r, freeze_embeddings)
     n_trained, shards = sum(map(prod, trained)), n_processes if fsdp else 1
     product = 4 if precision == "32" else 2
     base = (2 if precision == "bf16" else 4) if full else product  # of a stored weight
@@ -99,9 +100,11 @@ def _projections(model) -> list:
     return [linear for block in blocks_of(model) for linear in block.projections]
 
 
-def _trained_shapes(model, method: str, r: int) -> list[tuple[int, ...]]:
+def _trained_shapes(model, method: str, r: int, freeze_embeddings: bool) -> list[tuple[int, ...]]:
     if method == "full":
-        return [tuple(parameter.shape) for parameter in model.parameters()]
+        tables = (model.get_input_embeddings(), model.get_output_embeddings()) if freeze_embeddings else ()
+        frozen = {id(parameter) for table in tables for parameter in table.parameters()}
+        return [tuple(parameter.shape) for parameter in model.parameters() if id(parameter) not in frozen]
     return [shape for linear in _projections(model) for shape in ((r, linear.in_features), (linear.out_features, r))]
 
 

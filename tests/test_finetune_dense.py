@@ -83,7 +83,7 @@ def base(tiny):
     return ["--fast", "--model", tiny / "pruned", "--dataset", tiny / "text", "--eval_text", tiny / "text", "--data_dir",
             tiny / "data", "--dense_model", tiny / "dense", "--block_size", LENGTH, "--batch_size", 1,
             "--effective_batch_size", BATCH, "--max_train_samples", STEPS * BATCH, "--max_eval_samples", 8, "--precision", "32",
-            "--device", "cpu", "--distill_from", "none", "--hidden_weight", 0]  # fmt: skip
+            "--device", "cpu", "--distill_from", "none", "--hidden_weight", 0, "--no_freeze_embeddings"]  # fmt: skip
 
 
 def only_run(out):
@@ -708,6 +708,21 @@ def test_distillation_does_not_depend_on_the_forwards_of_a_batch(base, tiny, tmp
     argv = [*base, "--num_epochs", 0.5, "--distill_from", tiny / "dense", "--distill_weight", 0.7, "--hidden_weight", 3]
     (one, _), (eight, _) = (run([*argv, "--batch_size", size], tmp_path / str(size)) for size in (1, 8))
     assert_same_curves(one, eight)
+
+
+def test_frozen_embeddings_stay_as_they_are(base, tiny, started, tmp_path):
+    """In one process and sharded over two, which learn the same; all else learns."""
+    argv = [flag for flag in base if flag != "--no_freeze_embeddings"]  # which is the preset of --fast
+    argv += ["--num_epochs", 0.5, "--distill_from", tiny / "dense"]
+    folder, _ = run(argv, tmp_path / "one")
+    before, after = (load_file(path / "model.safetensors") for path in (tiny / "pruned", folder / "model"))
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert before.keys() - moved == {"model.embed_tokens.weight"}
+    ended, shown = started(2, [*argv, "--fsdp"], tmp_path / "two")
+    assert ended == [0, 0], shown
+    assert_same_curves(folder, only_run(tmp_path / "two"))
+    assert torch.equal(load_file(only_run(tmp_path / "two") / "model" / "model.safetensors")["model.embed_tokens.weight"],
+                       before["model.embed_tokens.weight"])  # fmt: skip
 
 
 def joined(flags):

@@ -126,6 +126,14 @@ def test_a_teacher_is_whole_on_every_device(small):
     assert with_teacher == without | {"teacher": 2 * n_teacher + 16 * 50 * 14}
 
 
+def test_frozen_embeddings_have_no_gradients_and_no_states(small):
+    chosen = {"method": "full", "precision": "bf16", "optim": "adamw", "batch_size": 1, "block_size": 16}
+    whole, frozen = (plan(small, **chosen, freeze_embeddings=freeze) for freeze in (False, True))
+    tables = {id(table.weight): table.weight.numel() for table in (small.get_input_embeddings(), small.get_output_embeddings())}
+    saved = {"gradients": 2 * sum(tables.values()), "optimizer states": 4 * sum(tables.values())}
+    assert {name: whole[name] - frozen[name] for name in whole if whole[name] != frozen[name]} == saved
+
+
 def test_tied_embeddings_count_once():
     tied = plan(outline_of(**SMALL, tie_word_embeddings=True), **CHOSEN)
     assert tied["weights"] == 4 * (N - 50 * 16)
