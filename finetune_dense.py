@@ -164,7 +164,7 @@ def train(args, base: Path, streams, run: Run, processes: PartialState, total: i
             teacher=teacher, distill_weight=args.distill_weight, hidden_weight=args.hidden_weight, temperature=args.temperature,
             optimizer_cls_and_kwargs=for_trainer(args.optim, args.learning_rate, model),
             callbacks=[stop, finetuning.Console(run if is_main else None),
-                       finetuning.EarlyStoppingCallback(args.patience, args.min_delta)])  # fmt: skip
+                       finetuning.Patience(args.patience, args.min_delta)])  # fmt: skip
         finetuning.quiet_(trainer)
         resumed = sparse_trainer.last_checkpoint(run.checkpoint_dir, drop=shutil.rmtree if is_main else None)
         processes.wait_for_everyone()
@@ -280,7 +280,7 @@ def check(args, outline, source, streams, teacher) -> int:
 def main(argv=None) -> None:
     runs.quiet_transformers()
     args, device = parse_args(argv)
-    processes = PartialState(cpu=args.device == "cpu")
+    processes = finetuning.join(args.device)
     is_main, n_processes = processes.is_main_process, args.num_processes or processes.num_processes
     if args.fsdp and n_processes == 1:
         raise UserError("--fsdp: shards over processes, and there is one. Start several with torchrun, or leave it out")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -19,8 +21,8 @@ from common.blocks import blocks_of
 from common.runs import Interrupted, Run, UserError, finished_runs
 from common.sparse_trainer import last_checkpoint
 
-__all__ = ["HALVES", "Console", "EarlyStoppingCallback", "Epochs", "StopTogether", "TrainingArguments", "Windows",
-           "check_teacher", "part", "quiet_", "stored_dtype"]  # fmt: skip
+__all__ = ["HALVES", "Console", "Epochs", "Patience", "StopTogether", "TrainingArguments", "Windows",
+           "check_teacher", "join", "part", "quiet_", "stored_dtype"]  # fmt: skip
 HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # what products are in where weights are in fp32
 
 
@@ -55,6 +57,13 @@ class Windows(Dataset):
         start = self.starts[i]
         ids = torch.from_numpy(np.asarray(self.stream[start : start + self.length], np.int64))
         return {"input_ids": ids, "labels": ids}
+
+
+def join(device: str) -> PartialState:
+    """The processes that torchrun started, joined. They wait two hours for each other, not the ten minutes of NCCL: one of them
+    prepares what is missing, text and models, while the others wait.
+    """
+    return PartialState(cpu=device == "cpu", timeout=timedelta(hours=2))
 
 
 def part() -> None:
@@ -216,6 +225,17 @@ class Epochs(Console):
                    f"LR: {kept['learning_rate']:.2e}")  # fmt: skip
         if before + 1 == self.per_epoch:
             tqdm.write(f"✅ epoch {epoch + 1} done, mean loss: {mean:.4f}")
+
+
+class Patience(EarlyStoppingCallback):
+    """EarlyStoppingCallback whose count goes on where a run does; one that had run out ends the resumed training at once."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        stored = state.stateful_callbacks[type(self).__name__]["attributes"]  # of the checkpoint, else of this one
+        self.early_stopping_patience_counter = stored["early_stopping_patience_counter"]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        return control
 
 
 class StopTogether(TrainerCallback):

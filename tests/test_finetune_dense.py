@@ -511,6 +511,23 @@ def while_measuring():
     die_at(eval_utils, "evaluate_perplexity", 2)
 
 
+def in_the_fifteenth_step():
+    die_at(SparseTrainer, "training_step", 14 * BATCH + 2)
+
+
+@pytest.mark.parametrize("moment", [in_the_fifteenth_step, while_writing], ids=lambda moment: moment.__name__)
+def test_patience_is_not_renewed_by_a_kill(moment, base, started, tmp_path):
+    """At a rate of zero no look is better than the first one, so the third one is the last."""
+    argv = [*base, "--learning_rate", 0, "--patience", 2]
+    whole, record = run(argv, tmp_path / "whole")
+    assert [*curve(whole, "validation_perplexity")] == [6, 12, 18] and record["best"]["step"] == 6
+    ended, shown = started(1, argv, tmp_path / "out", moment)
+    assert ended == [-signal.SIGKILL], shown
+    folder, again = run(argv, tmp_path / "out")
+    assert curve(folder, "validation_perplexity") == curve(whole, "validation_perplexity")
+    assert again["best"] == record["best"] and weights(folder) == weights(whole)
+
+
 #  the checkpoint of which step is whole by then, with one every five steps and at every look
 MOMENTS = {before_a_checkpoint: None, in_a_step: 6, checkpoint_half_kept: 6, checkpoint_not_marked: 6, while_writing: 24,
            while_measuring: "trained"}  # fmt: skip
