@@ -1,13 +1,13 @@
 """What fine-tuning that keeps the zeros gives back: the block-pruned tiny LM against the dense one, trained as long.
 
     python benchmarks/recovery.py                             the table: two sparsities, three seeds
-    python benchmarks/recovery.py --seeds 0 --sparsities 0.5  a part of it
-    python benchmarks/recovery.py --collect                   run nothing: the runs that are finished
+    python benchmarks/recovery.py --seeds 0 --sparsities 0.5  a part of it, beside what is there
+    python benchmarks/recovery.py --collect                   run nothing: the runs that are finished, beside what is there
 
 For each seed (of calibration text, order of the data, adapters): `main_block.py` prunes assets/tiny_llama by 16x16 blocks, and
 `finetune_dense.py` trains the pruned models, which learn from the dense one's predictions and hidden states, and the dense one,
-by cross-entropy and at a lower rate (it has converged: a higher one makes it worse), on the same windows for the same steps.
-Each keeps its best weights by validation loss. Perplexities are of the test split of the news, from the records. Runs that are
+by cross-entropy and at a lower rate (it has converged: a higher one makes it worse), on the same windows for the same steps. At
+20 % the embeddings stay as they are: nothing was pruned there. Each keeps its best weights by validation loss. Perplexities are of the test split of the news, from the records. Runs that are
 finished are not repeated.
 
 Writes benchmarks/results/recovery.json (every run: command, metrics) and .md.
@@ -36,6 +36,7 @@ METHODS = {  # the model in the rows: flags of finetune_dense.py
     "full": ["--optim", "muon", *DISTILLED],
 }
 RATES = {"dense, trained as long": {0.2: 3e-5, 0.5: 3e-5}, "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 7e-4, 0.5: 2e-3}}
+MORE = {("full", 0.2): ["--freeze_embeddings"]}  # flags of one method at one sparsity
 SETTINGS = ["--num_epochs", "1", "--batch_size", "4", "--effective_batch_size", "4", "--block_size", "512", "--n_evaluations",
             "4", "--patience", "10", "--max_eval_samples", "100", "--no_gradient_checkpointing"]  # fmt: skip
 STEPS = 1200  # of 4 x 512 tokens
@@ -55,7 +56,8 @@ def run(name: str, command: list[str], experiment: str, args, flag: str = "--run
 
 
 def train(name: str, model: Path | str, method: str, sparsity: float, seed: int, dense: Path, args) -> dict | None:
-    flags = ["--learning_rate", f"{RATES[method][sparsity]:g}", *(flag.format(dense=dense) for flag in METHODS[method])]
+    flags = ["--learning_rate", f"{RATES[method][sparsity]:g}", *(flag.format(dense=dense) for flag in METHODS[method]),
+             *MORE.get((method, sparsity), ())]
     command = ["finetune_dense.py", "--model", str(model), "--dataset", "news", "--eval_text", "news", "--seed", str(seed),
                "--max_train_samples", str(4 * STEPS), *SETTINGS, *flags]  # fmt: skip
     record = run(name, command, "finetune", args)
@@ -127,13 +129,16 @@ def main(argv=None) -> None:
     parser.add_argument("--prune_method", default="kfac", help="of main_block.py [kfac]")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     args = parser.parse_args(argv)
-    rows = []
+    path = RESULTS.with_suffix(".json")
+    record = read_json(path) if path.exists() else {"runs": []}
+    record |= {"command": "python benchmarks/recovery.py", "environment": environment()}
+    rows = {(row["sparsity_asked"], row["method"], row["seed"]): row for row in record["runs"]}
     for sparsity in args.sparsities:
         for seed in args.seeds:
-            rows += measure(sparsity, seed, args)
-            record = {"command": "python benchmarks/recovery.py", "environment": environment(), "runs": rows}
+            rows |= {(row["sparsity_asked"], row["method"], row["seed"]): row for row in measure(sparsity, seed, args)}
+            record["runs"] = [rows[key] for key in sorted(rows)]
             if len(rows) > 1:
-                write_atomic(RESULTS.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+                write_atomic(path, json.dumps(record, indent=1) + "\n")
                 write_atomic(RESULTS.with_suffix(".md"), tables(record))
     print(tables(record))
 
