@@ -114,21 +114,15 @@ def memory(args, outline, teacher, n_processes: int) -> None:
 
 def training_arguments(args, run: Run, total: int, n_accumulated: int) -> finetuning.TrainingArguments:
     every = max(1, -(-total // args.n_evaluations))
-    made = finetuning.TrainingArguments(
-        output_dir=str(run.checkpoint_dir), run_name=run.dir.name, seed=args.seed, data_seed=args.seed, max_steps=total,
-        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=n_accumulated, learning_rate=args.learning_rate, weight_decay=args.weight_decay,
-        lr_scheduler_type=args.scheduler, warmup_steps=round(args.warmup * total), max_grad_norm=1.0,
+    return finetuning.arguments(
+        run, args.seed, args.device, args.precision, max_steps=total, per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size, gradient_accumulation_steps=n_accumulated,
+        learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type=args.scheduler,
+        warmup_steps=round(args.warmup * total), max_grad_norm=1.0,
         optim=args.optim if args.optim in ("adafactor", "sgd") else "adamw_torch_fused", torch_compile=args.compile,
-        bf16=args.precision == "bf16-mixed", fp16=args.precision == "16-mixed", use_cpu=args.device == "cpu",
-        ddp_find_unused_parameters=False, activation_checkpointing=args.gradient_checkpointing,
-        logging_steps=10, logging_nan_inf_filter=False, log_level="error", log_level_replica="error", disable_tqdm=True,
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-        prediction_loss_only=True, report_to="wandb" if args.report_to == "wandb" else "none", remove_unused_columns=False,
-        dataloader_pin_memory=args.device == "cuda")  # fmt: skip
-    made._n_gpu = min(made.n_gpu, 1)  # of more GPUs than processes the Trainer would take all, by DataParallel
-    return made
+        activation_checkpointing=args.gradient_checkpointing, logging_steps=10, eval_strategy="steps", eval_steps=every,
+        save_strategy="steps", save_steps=every, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        greater_is_better=False, report_to="wandb" if args.report_to == "wandb" else "none")  # fmt: skip
 
 
 def load_trained(args, base: Path):
@@ -182,39 +176,22 @@ def train(args, base: Path, streams, run: Run, processes: PartialState, total: i
 
 def write(args, ended, state: dict, base: Path, target: Path, tokenizer, run: Run) -> None:
     """What train() returned as a model directory, in the dtype of the one it came from; its zeros are counted after reload."""
-    stored = load_causal_lm(base)
-    before, masks = sparse_trainer.layer_sparsity(stored), sparse_trainer.masks_of(stored)
-    model = load_causal_lm(base, torch.float32)
-    if args.method == "lora":  # onto the weights as they are stored, whatever they were trained in
+    if args.method == "full":
+        lost = finetuning.write_full(state, base, target, tokenizer, run)
+    else:  # onto the weights as they are stored, whatever they were trained in
+        stored, model = load_causal_lm(base), load_causal_lm(base, torch.float32)
         model = lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.merge == "sparse")
         model.load_state_dict({name: value for name, value in state.items() if "lora_" in name}, strict=False)
-        model = lora.merge_(model)
-    else:
-        model.load_state_dict(state)
-    checkpoint.save_model(target, model.to(stored.dtype), tokenizer, {"asked": run.config}, base)
-    reloaded = load_causal_lm(target)
-    after, lost = sparse_trainer.layer_sparsity(reloaded), sparse_trainer.lost_zeros(reloaded, masks)
+        checkpoint.save_model(target, lora.merge_(model).to(stored.dtype), tokenizer, {"asked": run.config}, base)
+        lost = finetuning.read_back(target, sparse_trainer.layer_sparsity(stored), sparse_trainer.masks_of(stored), run)
     if lost and (args.method, args.merge) != ("lora", "plain"):
         raise RuntimeError(f"{target}: {lost:,} weights that were zero are not any more")
     if lost:
-        print(f"the plain merge filled {lost:,} zeros: sparsity {sparse_trainer.check_sparsity(stored):.4f} -> "
-              f"{sparse_trainer.check_sparsity(reloaded):.4f}")  # fmt: skip
-    run.record["sparsity"] |= {"after": sparse_trainer.check_sparsity(reloaded), "zeros_lost": lost}
-    run.record["projections"] = [{"name": name, "sparsity_before": before[name], "sparsity": after[name]} for name in after]
+        sparsity = run.record["sparsity"]
+        print(f"the plain merge filled {lost:,} zeros: sparsity {sparsity['before']:.4f} -> {sparsity['after']:.4f}")
     ended.save_to_json(str(target / "trainer_state.json"))
     run.record["best"] = {"step": ended.best_global_step, "validation_loss": ended.best_metric}
     run.save()  # an evaluation that is killed does not take the training with it
-
-
-def perplexities(args, directories: dict[str, Path], source, device) -> tuple[dict, dict]:
-    """Perplexity, sparsity and bytes of model directories on the test split of --eval_text; and how it was measured."""
-    found, how = {}, {}
-    for name, directory in directories.items():
-        model = load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
-        found[name], how = eval_utils.perplexity_on(model, data.load_tokenizer(directory, model.config), source,
-                                                    args.token_length, args.stride, progress=f"perplexity, {name}")  # fmt: skip
-        found[name] |= {"sparsity": sparse_trainer.check_sparsity(model), "bytes": eval_utils.directory_bytes(directory)}
-    return found, how
 
 
 def sibling(args, base: Path, run: Run) -> dict[str, Path]:
@@ -248,9 +225,7 @@ def parse_args(argv):
         parser.error(f"--device {args.device}: name GPUs by CUDA_VISIBLE_DEVICES, and --device cuda")
     device = runs.resolve_device(args.device)
     args.device = device.type
-    if args.precision == "auto" and args.device == "cuda" and torch.cuda.is_bf16_supported():
-        args.precision = "bf16-mixed"  # the states of language models can be too large for fp16
-    args.precision = args.precision if args.precision == "bf16" else train_utils.resolve_precision(args.precision, device)
+    args.precision = finetuning.lm_precision(args.precision, device)
     for needed, flag in (("torchao", args.optim in TORCHAO and f"--optim {args.optim}"),
                          (args.report_to, args.report_to != "none" and f"--report_to {args.report_to}")):  # fmt: skip
         if flag:
@@ -333,7 +308,7 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
             dense = run.record.get("dense_dir")
             models = ({"dense": Path(dense)} if dense else {}) | {"pruned": base.path} | sibling(args, base.path, run)
             with run.timed("measuring"):
-                found = perplexities(args, models | {args.method: target}, tested, device)
+                found = finetuning.perplexities(models | {args.method: target}, tested, device, args.token_length, args.stride)
             run.record["metrics"], run.record["evaluation"] = found
             run.save()
             checkpoint.drop(run.checkpoint_dir)

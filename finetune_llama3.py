@@ -152,16 +152,13 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
     size = args.finetune_batch_size * args.finetune_grad_accum
     windows.drop_rest_(size)
     per_epoch = len(windows) // size
-    arguments = finetuning.TrainingArguments(
-        output_dir=str(run.checkpoint_dir), run_name=run.dir.name, seed=args.seed, data_seed=args.seed, max_steps=total,
-        per_device_train_batch_size=args.finetune_batch_size, gradient_accumulation_steps=args.finetune_grad_accum,
-        learning_rate=args.finetune_lr, weight_decay=args.finetune_weight_decay, lr_scheduler_type="linear",
-        warmup_steps=args.finetune_warmup_steps, max_grad_norm=args.finetune_max_grad_norm, optim="adamw_torch_fused",
-        bf16=args.precision == "bf16-mixed", fp16=args.precision == "16-mixed", use_cpu=args.device == "cpu",
-        activation_checkpointing=args.gradient_checkpointing, logging_steps=max(1, per_epoch // 10),
-        logging_nan_inf_filter=False, log_level="error", disable_tqdm=True, save_strategy="no", save_total_limit=2,
-        report_to="none", remove_unused_columns=False, dataloader_pin_memory=args.device == "cuda")  # fmt: skip
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments = finetuning.arguments(
+        run, args.seed, args.device, args.precision, max_steps=total, per_device_train_batch_size=args.finetune_batch_size,
+        gradient_accumulation_steps=args.finetune_grad_accum, learning_rate=args.finetune_lr,
+        weight_decay=args.finetune_weight_decay, lr_scheduler_type="linear", warmup_steps=args.finetune_warmup_steps,
+        max_grad_norm=args.finetune_max_grad_norm, optim="adamw_torch_fused",
+        activation_checkpointing=args.gradient_checkpointing, logging_steps=max(1, per_epoch // 10), save_strategy="no",
+        report_to="none")  # fmt: skip
     with runs.stop_requests() as requested, run.timed("training"):
         stop = finetuning.StopTogether(requested, args.save_every)
         trainer = SparseTrainer(
@@ -219,9 +216,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     device = runs.resolve_device(args.device)
     args.device, args.scorers = device.type, importance.parse_importance(args.importance, structured.SCORERS)
-    if args.precision == "auto" and args.device == "cuda" and torch.cuda.is_bf16_supported():
-        args.precision = "bf16-mixed"
-    args.precision = args.precision if args.precision == "bf16" else train_utils.resolve_precision(args.precision, device)
+    args.precision = finetuning.lm_precision(args.precision, device)
     note = ""
     if args.finetune and args.finetune_method == "lora":
         try:

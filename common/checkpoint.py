@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from common import modeling_pruned
+from common import modeling_bitmask, modeling_pruned
 from common.blocks import family_of
 from common.runs import UserError, read_json, write_atomic
 
@@ -159,6 +159,43 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
         raise
 
 
+def save_bitmask(dense: Path, target: Path, names: list[str]) -> dict[str, int]:
+    """Write a saved model again, its weights `names` as a bit a weight and what is not zero (common/modeling_bitmask.py).
+
+    Loads with `trust_remote_code=True` as the model that `dense` holds, bit for bit. Returns the bytes of these weights:
+    `dense_bytes`, `sparse_bytes`. UserError for weights that are of no 16 or 32 bits a number.
+    """
+    tensors, config = {}, AutoConfig.from_pretrained(dense)
+    for path in sorted(Path(dense).glob("*.safetensors")):
+        tensors |= load_tensors(path)
+    of_names = {next(stored for stored in (name, name.partition(".")[2]) if stored in tensors): name for name in names}
+    shapes, found = {}, {"dense_bytes": 0, "sparse_bytes": 0}
+    for stored in of_names:
+        weight = tensors.pop(stored)
+        if weight.element_size() not in modeling_bitmask.AS_INTEGERS:
+            raise UserError(f"{dense}: {stored} is {weight.dtype}; expected bfloat16, float16 or float32")
+        parts = dict(zip(("bitmask", "values"), modeling_bitmask.pack(weight), strict=True))
+        tensors |= {f"{stored}.{part}": tensor for part, tensor in parts.items()}
+        shapes[stored] = list(weight.shape)
+        found["dense_bytes"] += weight.nbytes
+        found["sparse_bytes"] += sum(tensor.nbytes for tensor in parts.values())
+    name = config.architectures[0]
+    config.bitmask_weights, config.auto_map = shapes, {_auto_class(name): f"modeling_bitmask.Bitmask{name}"}
+    beside = target.with_name(f".{target.name}.new")
+    for folder in (beside, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for file in Path(dense).iterdir():
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copyfile(file, beside / file.name)
+    for module in (modeling_pruned, modeling_bitmask):
+        shutil.copy(module.__file__, beside)
+    config.save_pretrained(beside)
+    save_tensors(beside / "model.safetensors", tensors)
+    os.replace(beside, target)
+    return found
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A safetensors file, written beside and renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,8 +273,9 @@ def load_model(directory: Path, auto_class, **kwargs):
     """`auto_class.from_pretrained`, for plain models and for ours of uneven shapes, running no code from the directory."""
     try:
         config = AutoConfig.from_pretrained(directory)
-        if "modeling_pruned." in str(getattr(config, "auto_map", "")):
-            auto_class = getattr(modeling_pruned, config.architectures[0])
+        for module in (modeling_pruned, modeling_bitmask):
+            if f"{module.__name__.rpartition('.')[2]}." in str(getattr(config, "auto_map", "")):
+                auto_class = getattr(module, config.architectures[0])
         with _no_bars():
             model = auto_class.from_pretrained(directory, use_safetensors=True, **kwargs)
             if getattr(config, "quantization_config", None):  # unpacked now and not in the first forward

@@ -7,7 +7,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -336,6 +336,26 @@ def _peak_memory(model_dir: str, batch_size: int, length: int, device_name: str,
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak() - before
 
 
+def memory_in_use(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now, and at most since `reset_peak`: allocated on a GPU; else resident, all of the process."""
+    import psutil
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    resident = psutil.Process().memory_info().rss
+    return resident, max(resident, _resident_peak())
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak of `memory_in_use`. Where the system keeps the resident peak of a process, and gives no way to reset
+    it (macOS, Windows), it goes on from the start of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (counters := Path("/proc/self/clear_refs")).exists():
+        with suppress(OSError):  # a container may forbid it
+            counters.write_text("5")
+
+
 def _resident_peak() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent's pages in a child process
@@ -390,6 +410,10 @@ def measure_classifiers(model_dirs: dict[str, Path], validation: Split, device: 
 # How a table shows what `measure_classifiers` returns: (key, label, text of a value, whether a ratio to the first says more).
 ROWS = [
     ("perplexity", "perplexity", lambda v: f"{v:.2f}", True),
+    ("bleu", "BLEU of continuations", lambda v: f"{v:.2f}", False),
+    ("rouge1", "ROUGE-1", lambda v: f"{v:.4f}", False),
+    ("rouge2", "ROUGE-2", lambda v: f"{v:.4f}", False),
+    ("rougeL", "ROUGE-L", lambda v: f"{v:.4f}", False),
     ("accuracy", "accuracy", lambda v: f"{v:.4f}", False),
     ("f1", "F1", lambda v: f"{v:.4f}", False),
     ("sparsity_asked", "sparsity asked", lambda v: f"{v:.4f}", False),

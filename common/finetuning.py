@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from common import eval_utils
 from common.blocks import blocks_of
+from common.checkpoint import load_causal_lm, save_model
+from common.data import load_tokenizer
 from common.runs import Interrupted, Run, UserError, finished_runs
-from common.sparse_trainer import last_checkpoint
+from common.sparse_trainer import check_sparsity, last_checkpoint, layer_sparsity, lost_zeros, masks_of, prunable_weights
+from common.train_utils import resolve_precision
 
-__all__ = ["HALVES", "Console", "Epochs", "Patience", "StopTogether", "TrainingArguments", "Windows",
-           "check_teacher", "join", "part", "quiet_", "stored_dtype"]  # fmt: skip
 HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # what products are in where weights are in fp32
 
 
@@ -31,13 +33,23 @@ def stored_dtype(precision: str, frozen: bool) -> torch.dtype:
     return torch.float32 if precision == "32" or not (frozen or precision == "bf16") else HALVES.get(precision, torch.bfloat16)
 
 
-class Windows(Dataset):
-    """Pieces of a token stream that do not overlap, (length,) each, read from the disk when they are asked for.
+def lm_precision(precision: str, device: torch.device) -> str:
+    """`--precision` of a language model's training, auto resolved: bf16 where a GPU has it, as states can be too large for
+    fp16; "bf16" is all of it in that, weights too.
+    """
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return "bf16-mixed"
+    return precision if precision == "bf16" else resolve_precision(precision, device)
 
-    n: at most so many, drawn evenly over the stream. A window is its own labels: models shift them.
+
+class Windows(Dataset):
+    """Pieces of a token stream, (length,) each, that do not overlap, read from the disk when they are asked for.
+
+    n: at most so many, drawn evenly over the stream; with `overlap` exactly so many, which overlap where the stream is too
+    short for them. A window is its own labels: models shift them.
     """
 
-    def __init__(self, stream: np.ndarray, length: int, n: int | None = None):
+    def __init__(self, stream: np.ndarray, length: int, n: int | None = None, overlap: bool = False):
         found = len(stream) // length
         if not found:
             raise UserError(f"too little text: {len(stream):,} tokens, expected a window of {length:,} at least")
@@ -45,6 +57,8 @@ class Windows(Dataset):
         self.starts = np.arange(found) * length
         if n is not None and n < found:
             self.starts = self.starts[np.linspace(0, found - 1, n).round().astype(np.int64)]
+        elif n is not None and overlap:
+            self.starts = np.linspace(0, len(stream) - length, n).round().astype(np.int64)
 
     def drop_rest_(self, multiple: int) -> None:
         """Leave out the last windows, so that their number is a multiple of this."""
@@ -76,6 +90,43 @@ def part() -> None:
         dist.destroy_process_group()
 
 
+def write_full(state: dict[str, torch.Tensor], base: Path, target: Path, tokenizer, run: Run) -> int:
+    """Trained weights as the model directory `target`, in the dtype of `base`, the sparse model that training began with.
+
+    It is loaded again: the run's record gets its sparsity and that of each projection, before and after. Returns how many of
+    the weights that were zero in `base` or after training are not any more.
+    """
+    stored = load_causal_lm(base)
+    model = load_causal_lm(base, torch.float32)
+    model.load_state_dict(state)
+    for weight in prunable_weights(model).values():
+        weight.data += 0.0  # a mask makes a negative weight a negative zero, which is no zero bit for bit
+    masks, before = masks_of(stored) | masks_of(model), layer_sparsity(stored)
+    save_model(target, model.to(stored.dtype), tokenizer, {"asked": run.config}, base)
+    return read_back(target, before, masks, run)
+
+
+def read_back(target: Path, before: dict[str, float], masks: dict, run: Run) -> int:
+    """Count a written model's zeros into the run's record; how many of those that `masks` hold were lost."""
+    reloaded = load_causal_lm(target)
+    after, lost = layer_sparsity(reloaded), lost_zeros(reloaded, masks)
+    run.record.setdefault("sparsity", {}).update({"after": check_sparsity(reloaded), "zeros_lost": lost})
+    run.record["projections"] = [{"name": name, "sparsity_before": before[name], "sparsity": after[name]} for name in after]
+    return lost
+
+
+def perplexities(directories: dict[str, Path], source, device, token_length: int, stride: int) -> tuple[dict, dict]:
+    """Perplexity, sparsity and bytes of model directories on a prepared text's test split; and how it was measured."""
+    found, how = {}, {}
+    for name, directory in directories.items():
+        model = load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
+        tokenizer = load_tokenizer(directory, model.config)
+        found[name], how = eval_utils.perplexity_on(model, tokenizer, source, token_length, stride,
+                                                    progress=f"perplexity, {name}")  # fmt: skip
+        found[name] |= {"sparsity": check_sparsity(model), "bytes": eval_utils.directory_bytes(directory)}
+    return found, how
+
+
 def find_dense(out_dir: Path, directory: Path) -> Path | None:
     """The dense model that main_block.py made a pruned one of, by the record of that run."""
     for _, record in finished_runs(out_dir, "one_shot"):
@@ -94,6 +145,18 @@ def check_teacher(student, teacher, flag: str, hidden_weight: float) -> None:
     if hidden_weight and shapes[0] != shapes[1]:
         raise UserError(f"--hidden_weight {hidden_weight:g}: the teacher has {shapes[1][0]} blocks of width {shapes[1][1]}, "
                         f"the model {shapes[0][0]} of {shapes[0][1]}. Use --hidden_weight 0")  # fmt: skip
+
+
+def arguments(run: Run, seed: int, device: str, precision: str, **more) -> TrainingArguments:
+    """What the scripts ask of a Trainer alike, and `more`: one GPU a process, no pickles of its own, no words of its own."""
+    made = TrainingArguments(
+        output_dir=str(run.checkpoint_dir), run_name=run.dir.name, seed=seed, data_seed=seed, use_cpu=device == "cpu",
+        bf16=precision == "bf16-mixed", fp16=precision == "16-mixed", logging_nan_inf_filter=False, log_level="error",
+        log_level_replica="error", disable_tqdm=True, save_total_limit=2, prediction_loss_only=True,
+        remove_unused_columns=False, ddp_find_unused_parameters=False, dataloader_pin_memory=device == "cuda",
+        **more)  # fmt: skip
+    made._n_gpu = min(made.n_gpu, 1)  # of more GPUs than processes the Trainer would take all, by DataParallel
+    return made
 
 
 def check_targets(model, names: tuple[str, ...]) -> None:
@@ -215,16 +278,20 @@ class Epochs(Console):
         kept = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
         self.run.log(state.global_step, "training", **kept)
         epoch, before = divmod(state.global_step - 1, self.per_epoch)
-        losses, last = [], epoch * self.per_epoch  # of this epoch, each a mean over the steps since the one before
-        for step, _, metric, value in self.run.history():
-            if metric == "loss" and step > epoch * self.per_epoch:
-                losses.append((step - last, value))
-                last = step
-        mean = sum(n * value for n, value in losses) / sum(n for n, _ in losses)
+        mean = self.mean_loss(epoch)
         tqdm.write(f"  progress: {100 * (before + 1) // self.per_epoch}% | mean loss: {mean:.4f} | "
                    f"LR: {kept['learning_rate']:.2e}")  # fmt: skip
         if before + 1 == self.per_epoch:
             tqdm.write(f"✅ epoch {epoch + 1} done, mean loss: {mean:.4f}")
+
+    def mean_loss(self, epoch: int) -> float:
+        """Of an epoch's steps, counted from 0, as far as they were logged."""
+        losses, last = [], epoch * self.per_epoch  # each a mean over the steps since the one before
+        for step, _, metric, value in self.run.history():
+            if metric == "loss" and last < step <= (epoch + 1) * self.per_epoch:
+                losses.append((step - last, value))
+                last = step
+        return sum(n * value for n, value in losses) / sum(n for n, _ in losses)
 
 
 class Patience(EarlyStoppingCallback):

@@ -1,4 +1,4 @@
-"""What a causal language model costs to run: prefill, decoding with a cache, and the cache itself."""
+"""What a causal language model costs to run (prefill, decoding with a cache, the cache itself) and what it writes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.blocks import blocks_of
 from common.checkpoint import load_causal_lm
 from common.data import load_tokenizer, n_positions
 from common.eval_utils import directory_bytes, evaluating, in_turns, macs_per_example, perplexity_on, scoring_dtype
+from common.runs import UserError, require
 
 TOGETHER = 10**9  # parameters of a model that is timed in turns with the others; larger ones are in memory, and timed, alone
 
@@ -95,3 +97,34 @@ def greedy(model, tokenizer, prompt: str, n: int = 40) -> str:
     with evaluating(model):
         ids = model.generate(**words, max_new_tokens=n, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def continuation_metrics(model, tokenizer, stream, n: int, prompt: int = 64, new: int = 64, batch_size: int = 16
+                         ) -> dict[str, float]:  # fmt: skip
+    """How near greedy continuations of a text come to how it goes on: BLEU (0 to 100, sacrebleu) and the F1 of ROUGE-1, 2 and L
+    (0 to 1, rouge-score, with stemming), over `n` places, evenly spread, of a token stream.
+
+    prompt, new: tokens that are given, and that are written. UserError where a package is missing or the text too short.
+    """
+    for package in ("sacrebleu", "rouge_score"):
+        require(package, "--generation_metrics")
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu
+
+    if len(stream) < prompt + new:
+        raise UserError(f"{len(stream)} tokens: too few for a prompt of {prompt} and {new} that follow")
+    starts = np.linspace(0, len(stream) - prompt - new, n).round().astype(np.int64)
+    pieces = torch.from_numpy(np.stack([np.asarray(stream[start : start + prompt + new], np.int64) for start in starts]))
+    written, references = [], tokenizer.batch_decode(pieces[:, prompt:], skip_special_tokens=True)
+    with evaluating(model):
+        for batch in pieces[:, :prompt].split(batch_size):
+            ids = batch.to(model.device)
+            made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                                  do_sample=False, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
+            written += tokenizer.batch_decode(made[:, prompt:].cpu(), skip_special_tokens=True)
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(reference, text) for reference, text in zip(references, written, strict=True)]
+    return {"bleu": corpus_bleu(written, [references]).score,
+            **{kind: statistics.mean(score[kind].fmeasure for score in scores) for kind in kinds},
+            "n_continuations": n}  # fmt: skip

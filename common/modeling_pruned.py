@@ -34,8 +34,12 @@ def pruned_class(base):
     return type(base.__name__, (base,), {"__init__": __init__, "_init_weights": _init_weights, "__module__": __name__})
 
 
-def __getattr__(name):
-    base = getattr(transformers, name.removeprefix("Pruned"), None)
+def class_of_transformers(name, module):
+    base = getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return pruned_class(base)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return base
+
+
+def __getattr__(name):
+    return pruned_class(class_of_transformers(name.removeprefix("Pruned"), __name__))

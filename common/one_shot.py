@@ -18,6 +18,7 @@ from torch.nn.functional import linear  # of what is symmetric: linear(a, b) = a
 from common.runs import UserError
 from common.train_utils import OneDNNLinear
 
+METHODS = {"magnitude": "none", "wanda": "none", "sparsegpt": "obs", "admm": "refit", "kfac": "refit"}  # and their updates
 DAMPING = 0.01  # of the mean of the diagonal of a gram, added to it: SparseGPT's
 FISHER_DAMPING = 0.1  # the same of a Fisher matrix, which is seen through fewer tokens
 

@@ -57,6 +57,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write each process's pieces. All of them have to call it."""
     folder.mkdir(parents=True, exist_ok=True)

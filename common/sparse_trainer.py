@@ -140,7 +140,7 @@ def layer_sparsity(model: nn.Module) -> dict[str, float]:
     """The share of zeros in each prunable weight, by name. Under FSDP all processes have to call it."""
     names, zeros, sizes = [], [], []
     for name, weight in prunable_weights(model).items():
-        local = _local(weight).detach()
+        local = sharding.local(weight).detach()
         names.append(name)
         sizes.append(weight.numel())
         zeros.append(local.numel() - local.count_nonzero())
@@ -165,13 +165,9 @@ def lost_zeros(model: nn.Module, masks: dict[str, Mask]) -> int:
     return sum(int(weights[name][~mask.free().to(weights[name].device)].count_nonzero()) for name, mask in masks.items())
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def local_mask(mask: Mask, parameter: torch.Tensor) -> Mask:
     """The part of a mask that belongs to this process's part of a parameter, on its device."""
-    local = _local(parameter)
+    local = sharding.local(parameter)
     if isinstance(parameter, DTensor):
         for dim, placement in enumerate(parameter.placements):
             if placement == Shard(0):  # as torch.chunk cuts it: all parts alike, the last ones shorter or empty
@@ -222,14 +218,14 @@ class SparseTrainer(Trainer):
         for parameter, mask in pairs:  # momentum from elsewhere would move a weight
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    mask.zero_(_local(value))
+                    mask.zero_(sharding.local(value))
         return pairs
 
     @torch.no_grad()
     def _zero_(self, tensors: list[torch.Tensor | None]) -> None:
         for tensor, (_, mask) in zip(tensors, self._masked, strict=True):
             if tensor is not None:
-                mask.zero_(_local(tensor))
+                mask.zero_(sharding.local(tensor))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._masked is None:

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import importlib
 import importlib.util
 import io
 import json
@@ -155,7 +156,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def main_of_rank(rank, n, port, argv, log, prepare):
+def main_of_rank(rank, n, port, argv, log, prepare, script):
     """What torchrun starts."""
     file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
@@ -166,18 +167,18 @@ def main_of_rank(rank, n, port, argv, log, prepare):
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     if prepare is not None:
         prepare()
-    runs.run_script(lambda: finetune_dense.main(argv))
+    runs.run_script(lambda: importlib.import_module(script).main(argv))
 
 
 @pytest.fixture(scope="module")
 def started():
-    """Runs the script in n processes, and says how they ended."""
+    """Runs a script in n processes, and says how they ended."""
     context = multiprocessing.get_context("forkserver")  # one process imports, and all others are its forks
     context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "peft", "pyarrow.parquet"])
 
-    def start(n, argv, out, prepare=None):
+    def start(n, argv, out, prepare=None, script="finetune_dense"):
         port, argv = free_port(), [str(word) for word in (*argv, "--out_dir", out)]
-        given = (n, port, argv, f"{out}.log", prepare)
+        given = (n, port, argv, f"{out}.log", prepare, script)
         processes = [context.Process(target=main_of_rank, args=(rank, *given)) for rank in range(n)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")  # as torchrun has it
