@@ -4,8 +4,8 @@
     python benchmarks/extreme.py --seeds 0 --names ours          a part of them, beside what is there
     python benchmarks/extreme.py --collect                       run nothing: the runs that are finished, beside what is there
 
-Every run is `extreme_compression_experiment.py --fast` on assets/tiny_llama and the news; its perplexities are of the test split.
-What is compared is the excess: log-perplexity over the dense model's. All trained rows have the same windows, steps and
+Every run is `extreme_compression_experiment.py --fast` on assets/tiny_llama and the news; its perplexities are of the test
+split. What is compared is the excess: log-perplexity over the dense model's. All trained rows have the same windows, steps and
 learning rate. "ours" is the script's default: masks, weights and allocation by kfac, distillation from the dense model. Each of
 the rows below it has one of these switched off, or the masks grow while it trains. "magnitude, plain" is what the field does
 first: the smallest weights of every projection go, and cross-entropy trains the rest. With another batch size the data are the
@@ -106,7 +106,8 @@ def tables(record: dict) -> str:
                               "" if wanted is None else met(share <= wanted)])  # fmt: skip
     if len(lines) > 1:
         parts.append(table(lines, markdown=True))
-    lines = [["trained", "density", "seeds", "steps", "before", "perplexity", "excess", "of plain's", "wanted", "met", "minutes"]]
+    lines = [["trained", "density", "seeds", "steps", "before", "perplexity", "excess", "of plain's", "wanted", "met",
+              "minutes"]]  # fmt: skip
     for name, (density, _) in TRAINED.items():
         found, plain = of(name, density), of("magnitude, plain" if density == 0.1 else "magnitude, plain, 0.05", density)
         if not found or name.startswith("batch"):
