@@ -39,5 +39,6 @@ results: environment
 	$(PYTHON) benchmarks/sparse_trainer.py
 	$(PYTHON) benchmarks/recovery.py
 	$(PYTHON) benchmarks/structured_llm.py
+	$(PYTHON) benchmarks/extreme.py
 	$(PYTHON) benchmarks/memory_table.py
 	$(PYTHON) benchmarks/update_readme.py

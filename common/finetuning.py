@@ -57,7 +57,7 @@ class Windows(Dataset):
         self.starts = np.arange(found) * length
         if n is not None and n < found:
             self.starts = self.starts[np.linspace(0, found - 1, n).round().astype(np.int64)]
-        elif n is not None and overlap:
+        elif n is not None and overlap and n > found:
             self.starts = np.linspace(0, len(stream) - length, n).round().astype(np.int64)
 
     def drop_rest_(self, multiple: int) -> None:

@@ -46,6 +46,13 @@ def test_many_windows_are_drawn_evenly():
     assert set(steps.tolist()) == {3 * 12, 3 * 13}
 
 
+@pytest.mark.parametrize(("n", "starts"), [(4, [0, 30, 60, 90]), (10, [*range(0, 100, 10)]), (20, [*range(0, 100, 5)])])
+def test_more_windows_than_there_are_overlap_evenly(n, starts):
+    windows = Windows(np.arange(105), 10, n, overlap=True)
+    assert windows.starts.tolist() == starts
+    assert windows[n - 1]["input_ids"].tolist() == [*range(starts[-1], starts[-1] + 10)]
+
+
 def test_every_step_is_a_whole_one():
     for n, multiple, left in ((10, 4, 8), (10, 5, 10), (10, 1, 10), (10, 16, 0)):
         windows = Windows(np.arange(100), 10)

@@ -1,5 +1,7 @@
 """What running a causal LM costs: the cache against one that a forward filled, speeds of models that take turns, decoding."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,6 +12,7 @@ from common.checkpoint import load_causal_lm, save_model
 from common.data import load_tokenizer
 from common.importance import l2_scores
 from common.pruning import shrink_
+from common.runs import UserError
 from tests.test_streaming import one_thread  # noqa: F401
 
 
@@ -92,3 +95,60 @@ def test_greedy_is_what_the_model_says_next(tmp_path):
     for _ in range(5):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert generation.greedy(model, tokenizer, "The government", 5) == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+class Words:
+    """A tokenizer whose tokens are words w0, w1, ..."""
+
+    eos_token_id = 0
+
+    def batch_decode(self, ids, skip_special_tokens=True):
+        return [" ".join(f"w{i}" for i in row if i != 0) for row in ids.tolist()]
+
+
+class Knows(torch.nn.Module):
+    """Continues the numbers 1, 2, 3, ..., `wrong` of every ten of its words apart."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def generate(self, input_ids, max_new_tokens, **_):
+        new = input_ids[:, -1:] + torch.arange(1, max_new_tokens + 1)
+        return torch.cat([input_ids, torch.where(new % 10 < self.wrong, 5000 + new, new)], 1)
+
+
+def test_continuations_against_the_text_itself():
+    """BLEU and ROUGE of a writer who makes known mistakes, worked out by hand from its right n-grams."""
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (requirements-extra.txt)")
+    stream = torch.arange(1, 400).numpy()
+    perfect = generation.continuation_metrics(Knows(0), Words(), stream, 5, prompt=7, new=30)
+    assert perfect["bleu"] == pytest.approx(100) and perfect["n_continuations"] == 5
+    assert perfect["rouge1"] == perfect["rouge2"] == perfect["rougeL"] == 1
+    some = generation.continuation_metrics(Knows(2), Words(), stream, 5, prompt=7, new=30)
+    assert some["rouge1"] == pytest.approx(0.8) and some["rougeL"] == pytest.approx(0.8)
+    starts = [round(i * (399 - 37) / 4) for i in range(5)]
+    shares, totals = [0] * 4, [0] * 4  # n-grams of 1 to 4 words that are right, and all
+    pairs = []
+    for start in starts:
+        right = [(word % 10) >= 2 for word in range(start + 8, start + 38)]
+        for n in range(4):
+            totals[n] += 30 - n
+            shares[n] += sum(all(right[i : i + n + 1]) for i in range(30 - n))
+        pairs.append(sum(all(right[i : i + 2]) for i in range(29)) / 29)
+    bleu = 100 * math.exp(sum(math.log(share / total) for share, total in zip(shares, totals, strict=True)) / 4)
+    assert some["bleu"] == pytest.approx(bleu, rel=1e-6) and some["rouge2"] == pytest.approx(sum(pairs) / 5)
+
+
+def test_a_text_too_short_to_continue():
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (requirements-extra.txt)")
+    with pytest.raises(UserError, match="36 tokens: too few for a prompt of 7 and 30 that follow"):
+        generation.continuation_metrics(Knows(0), Words(), torch.arange(36).numpy(), 5, prompt=7, new=30)
+
+
+def test_a_real_model_continues():
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (requirements-extra.txt)")
+    found = generation.continuation_metrics(llama(), Words(), torch.arange(1, 100).numpy(), 3, prompt=7, new=9, batch_size=2)
+    assert 0 <= found["bleu"] <= 100 and 0 <= found["rougeL"] <= 1
