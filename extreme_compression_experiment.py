@@ -257,9 +257,10 @@ def main(argv=None) -> None:
     windows["train"].drop_rest_(args.batch_size)
     settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in (*NO_RESULT, "fsdp")}
     settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}
-    how = args.prune_method if args.schedule == "one_shot" else f"while training (cubic), {args.prune_method} before"
+    how = "as it is" if args.prune_method == "none" else args.prune_method
+    how = how if args.schedule == "one_shot" else f"while training (cubic), before it {how}"
+    n = sum(p.numel() for p in outline.parameters())
     if is_main:
-        n = sum(p.numel() for p in outline.parameters())
         print(f"""model        {base.record["name"]} ({base.record["source"]}), {n / 1e6:,.1f} M parameters
 text         {source.record["name"]}, {len(streams["train"]):,} tokens; perplexity on {tested.record["name"]}, {split}
 pruning      {how}, to density {args.density:.2f} (sparsity {1 - args.density:.2f})
@@ -268,16 +269,17 @@ lr={args.base_lr * args.batch_size**0.5:.3g}{", taught by the dense model" * arg
 running      {args.precision}, {args.device}, {processes.num_processes} process{"es (FSDP2)" * args.fsdp}""", flush=True)
     if args.dry_run:
         return
+    finetuning.check_space(args.out_dir, 3 * (6 if args.precision == "bf16" else 12) * n)  # three checkpoints
     run = Run(args.out_dir, "extreme", settings, args.run_name, args.resume, tensorboard=args.with_tracking == "tensorboard")
     measure = following.Perplexity(f"{tested.record['name']} {split}", stream, length, args.stride, device, args.precision)
     with run if is_main else nullcontext(), finetuning.ends_told(run):
         processes.wait_for_everyone()
         if is_main:
             print(f"run          {run.dir}{' (finished before; --resume never starts anew)' * run.finished}", flush=True)
-            prepare(args, base, outline, run, measure)
+            prepare(args, base, outline, run, measure, tested)
         processes.wait_for_everyone()
-        start = Path(runs.read_json(run.dir / "run.json")["student_dir"])
-        done = "best_epoch" in runs.read_json(run.dir / "run.json") and checkpoint.is_result_of(run.model_dir, run.config)
+        known = runs.read_json(run.dir / "run.json")
+        start, done = Path(known["student_dir"]), "best_epoch" in known and checkpoint.is_result_of(run.model_dir, run.config)
         processes.wait_for_everyone()
         ended, weights = (None, {}) if done else train(args, base.path, start, windows, run, processes, forward, measure)
         finetuning.part()  # the first process goes on alone
@@ -294,9 +296,12 @@ running      {args.precision}, {args.device}, {processes.num_processes} process{
             finish(args, run, base.path, start, tested, tokenizer, stream, outline, device)
 
 
-def prepare(args, base, outline, run: Run, measure) -> None:
+def prepare(args, base, outline, run: Run, measure, tested) -> None:
     """The model that training begins with, and the perplexities before; what is done is not done again."""
-    known = run.record.setdefault("perplexity", {})
+    known, asked = run.record.setdefault("perplexity", {}), [tested.record["sha256"], measure.length, measure.stride]
+    if run.record.setdefault("followed", asked) != asked:
+        raise UserError(f"{run.dir}: is followed on another --eval_text, --token_length or --stride. To measure its model "
+                        "again: python main_block.py --model DIR --eval. To start anew: --resume never")  # fmt: skip
     if "dense" not in known:
         known["dense"] = measure.of(base.path, "Dense Evaluation (Before Pruning)", "Dense Perplexity")
     density = args.initial_density if args.schedule == "cubic" else args.density

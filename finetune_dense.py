@@ -291,6 +291,10 @@ running      {args.precision}, {args.device}{", FSDP2" * args.fsdp}{", compiled"
     target = args.save or run.model_dir
     checkpoint.check_target(target, base.path)
     with run if is_main else nullcontext(), finetuning.ends_told(run):
+        if is_main and "best" in run.record and not checkpoint.is_result_of(target, run.config):
+            checkpoint.copy_result(Path(run.record["model_dir"]), target, run.config)  # another --save than before
+            run.record |= {"model_dir": target}
+            run.save()
         processes.wait_for_everyone()  # the run is open; what was there is moved aside where that was asked for
         done = "best" in runs.read_json(run.dir / "run.json") and checkpoint.is_result_of(target, run.config)
         processes.wait_for_everyone()

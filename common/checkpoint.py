@@ -232,6 +232,16 @@ def is_result_of(directory: Path, config: dict) -> bool:
     return [stage["asked"] for stage in compression_stages(directory)[-1:]] == [config]
 
 
+def copy_result(source: Path, target: Path, config: dict) -> None:
+    """Put the model that a run of this configuration wrote to `source`, where it is still there, to `target` as well."""
+    if is_result_of(source, config):
+        beside = target.with_name(f".{target.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(source, beside)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(beside, target)
+
+
 def check_target(directory: Path, base: Path) -> None:
     """UserError where a model written to --save `directory` would replace what no script made, or cannot be written.
 

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from common import eval_utils
+from common import checkpoint, eval_utils
 from common.blocks import blocks_of
-from common.checkpoint import load_causal_lm, save_model
+from common.checkpoint import load_causal_lm
 from common.data import load_tokenizer
 from common.runs import Interrupted, Run, UserError, finished_runs
 from common.sparse_trainer import check_sparsity, last_checkpoint, layer_sparsity, lost_zeros, masks_of, prunable_weights
@@ -102,7 +102,7 @@ def write_full(state: dict[str, torch.Tensor], base: Path, target: Path, tokeniz
     for weight in prunable_weights(model).values():
         weight.data += 0.0  # a mask makes a negative weight a negative zero, which is no zero bit for bit
     masks, before = masks_of(stored) | masks_of(model), layer_sparsity(stored)
-    save_model(target, model.to(stored.dtype), tokenizer, {"asked": run.config}, base)
+    checkpoint.save_model(target, model.to(stored.dtype), tokenizer, {"asked": run.config}, base)
     return read_back(target, before, masks, run)
 
 

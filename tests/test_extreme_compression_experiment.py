@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import extreme_compression_experiment as script
-from common import eval_utils, finetuning, following, runs, text
+from common import checkpoint, eval_utils, following, runs, text
 from common.gradual import MASKS, GradualTrainer
 from common.runs import REPOSITORY, read_json
 from common.sparse_trainer import SparseTrainer, check_sparsity, last_checkpoint
@@ -177,6 +177,19 @@ def test_finished_is_not_done_again(base, alone, capsys):
     assert weights(folder) == before
 
 
+def test_it_is_followed_on_one_text(base, alone, capsys):
+    """A finished run is not compared with perplexities of other windows."""
+    assert as_program([*base, *EVERYTHING, "--token_length", 64, "--out_dir", alone[0].parent.parent]) == 2
+    printed = capsys.readouterr().err
+    assert "is followed on another --eval_text, --token_length or --stride" in printed and "main_block.py" in printed
+
+
+def test_a_full_disk_is_told_before_the_work(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert as_program([*base, "--out_dir", tmp_path / "out"]) == 2
+    assert "are free there, and what is written takes" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------------ killed
 
 
@@ -193,7 +206,7 @@ def while_it_follows():
 
 
 def while_writing():
-    die_at(finetuning, "save_model", 1)
+    die_at(checkpoint, "save_model", 1)
 
 
 def while_measuring():
@@ -404,7 +417,7 @@ def test_it_starts_from_what_was_pruned_before(base, alone, tmp_path):
 def test_continuations_are_scored(base, alone, capsys):
     """The finished run is not trained again for them."""
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (requirements-extra.txt)")
-    script.main([*base, *EVERYTHING, "--generation_metrics", 3, "--token_length", 64, "--out_dir", alone[0].parent.parent])
+    script.main([*base, *EVERYTHING, "--generation_metrics", 3, "--out_dir", alone[0].parent.parent])
     shown = capsys.readouterr().out
     assert "BLEU of continuations" in shown and "ROUGE-L" in shown and "Step " not in shown
     found = read_json(alone[0] / "run.json")["metrics"]

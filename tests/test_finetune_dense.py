@@ -629,6 +629,14 @@ def test_what_is_said_and_recorded(alone, tiny):
     assert sorted(path.name for path in folder.iterdir()) == ["history.csv", "model", "run.json"]  # no checkpoint is left
 
 
+def test_another_place_for_a_trained_model_is_no_new_training(alone, base, tmp_path, capsys):
+    shutil.copytree(alone[0].parent.parent, tmp_path / "out")
+    folder, record = run([*base, "--save", tmp_path / "there"], tmp_path / "out")
+    assert "Step " not in capsys.readouterr().out and record["model_dir"] == str(tmp_path / "there")
+    assert (tmp_path / "there" / "model.safetensors").read_bytes() == weights(alone[0])
+    assert measured(record) == measured(alone[1]) and weights(folder) == weights(alone[0])
+
+
 def test_the_best_model_is_kept(alone, tiny):
     folder, record, _ = alone
     looks = curve(folder, "validation_perplexity")
@@ -677,7 +685,7 @@ def test_it_loads_anywhere_with_its_zeros(alone, loras, tiny, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(alone, base, monkeypatch, capsys):
-    for owner, name in ((finetune_dense, "train"), (finetune_dense, "perplexities"), (finetune_dense, "write")):
+    for owner, name in ((finetune_dense, "train"), (finetuning, "perplexities"), (finetune_dense, "write")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("again"))
     before = {path: path.stat().st_mtime_ns for path in alone[0].rglob("*")}
     folder, record = run(base, alone[0].parent.parent)
