@@ -272,6 +272,40 @@ def test_the_tables_of_recovery_judge_by_the_means(monkeypatch):
     assert lines["full"][3:6] == ["+3.0%", "+1%", "no"] and "holds at 0.2 for 1 of 2 seeds" in text
 
 
+def test_recovery_keeps_the_rows_that_are_there(tmp_path, monkeypatch):
+    """--collect, with no run at all, changes nothing of what earlier ones measured."""
+    module, path = load("recovery"), tmp_path / "recovery.json"
+    was = json.loads(module.RESULTS.with_suffix(".json").read_text(encoding="utf-8"))["runs"]
+    path.write_text(json.dumps({"runs": was}))
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "recovery")
+    module.main(["--collect", "--out_dir", str(tmp_path / "out")])
+    kept = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert sorted(map(str, kept)) == sorted(map(str, was)) and len(kept) > 5
+
+
+def test_the_tables_of_extreme_judge_by_the_excess():
+    module = load("extreme")
+
+    def row(name, density, perplexity, seed, **more):
+        return {"name": name, "density": density, "perplexity": perplexity, "dense": 80.0, "pruned": 200.0, "seed": seed,
+                "steps": 250, "seconds": 60.0, "evaluation_share": 0.04, "threads": 2} | more  # fmt: skip
+
+    def lines_of(ours, batch):
+        at_once = [row("kfac", 0.1, 160.0, 0), row("sparsegpt", 0.1, 320.0, 0)]
+        rows = [*at_once, *(row("magnitude, plain", 0.1, 320.0, seed) for seed in (0, 1)),
+                *(row("ours", 0.1, value, seed) for seed, value in enumerate(ours)), row("batch 1", 0.1, batch, 0, steps=2000)]
+        text = module.tables({"runs": rows, "environment": {"threads": 2, "cpu": "CPU"}})
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+        return text, {(line[0], line[1]): line[2:] for line in lines}
+
+    text, lines = lines_of([160.0, 160.0], 163.0)
+    assert lines["0.1", "kfac"] == ["1", "160.00", "0.693", "0.50", "0.5", "yes"]
+    assert lines["ours", "0.1"] == ["2", "250", "200.00 ± 0.00", "160.00 ± 0.00", "0.693", "0.50", "0.6", "yes", "1.0"]
+    assert lines["1", "1"] == ["2000", "163.00", "+1.9%", "2%", "yes"] and "Evaluation takes 4.0%" in text
+    _, lines = lines_of([160.0, 280.0], 100.0)
+    assert lines["ours", "0.1"][5:8] == ["0.70", "0.6", "no"] and lines["1", "1"][-1] == "no"
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
