@@ -134,6 +134,7 @@ class Following(Epochs):
                               "memory_peak": peak}  # fmt: skip
         self.run.log(state.global_step, "training", perplexity=found, mean_loss=epochs[str(epoch)]["mean_loss"])
         self.run.save()
+        self.trainer.log({"perplexity": found})  # for what else follows the training (wandb)
         baseline = self.run.record["perplexity"]["baseline"]
         print("\n📈 Perplexity Trend:", f"  Baseline: {baseline:.2f}",
               *(f"  Epoch {n}: {e['perplexity']:.2f} ({change(baseline, e['perplexity'])})" for n, e in epochs.items()),
