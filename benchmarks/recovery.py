@@ -36,6 +36,7 @@ METHODS = {  # the model in the rows: flags of finetune_dense.py
     "full": ["--optim", "muon", *DISTILLED],
 }
 RATES = {"dense, trained as long": {0.2: 3e-5, 0.5: 3e-5}, "LoRA": {0.2: 3e-3, 0.5: 5e-3}, "full": {0.2: 7e-4, 0.5: 2e-3}}
+DENSE = Path("assets") / "tiny_llama"
 MORE = {("full", 0.2): ["--freeze_embeddings"]}  # flags of one method at one sparsity
 SETTINGS = ["--num_epochs", "1", "--batch_size", "4", "--effective_batch_size", "4", "--block_size", "512", "--n_evaluations",
             "4", "--patience", "10", "--max_eval_samples", "100", "--no_gradient_checkpointing"]  # fmt: skip
@@ -43,10 +44,14 @@ STEPS = 1200  # of 4 x 512 tokens
 WITHIN = {0.2: 0.01, 0.5: 0.05}  # of the perplexity of the dense model trained as long
 
 
+def shown_of(command: list[str]) -> str:
+    return f"python {shlex.join(command)}"
+
+
 def run(name: str, command: list[str], experiment: str, args, flag: str = "--run_name") -> dict | None:
     """The record of one finished run, which is made if it is not there; None with --collect. flag: the script's, for names."""
     path = args.out_dir / experiment / name / "run.json"
-    shown = f"python {shlex.join(command)}"
+    shown = shown_of(command)
     if args.collect and not (path.exists() and read_json(path)["status"] == "finished"):
         return None
     print(f"$ {shown}", flush=True)
@@ -55,12 +60,21 @@ def run(name: str, command: list[str], experiment: str, args, flag: str = "--run
     return read_json(path) | {"shown": shown}
 
 
-def train(name: str, model: Path | str, method: str, sparsity: float, seed: int, dense: Path, args) -> dict | None:
-    flags = ["--learning_rate", f"{RATES[method][sparsity]:g}", *(flag.format(dense=dense) for flag in METHODS[method]),
-             *MORE.get((method, sparsity), ())]
-    command = ["finetune_dense.py", "--model", str(model), "--dataset", "news", "--eval_text", "news", "--seed", str(seed),
-               "--max_train_samples", str(4 * STEPS), *SETTINGS, *flags]  # fmt: skip
-    record = run(name, command, "finetune", args)
+def training_command(model: Path | str, method: str, sparsity: float, seed: int) -> list[str]:
+    flags = ["--learning_rate", f"{RATES[method][sparsity]:g}", *(flag.format(dense=DENSE) for flag in METHODS[method]),
+             *MORE.get((method, sparsity), ())]  # fmt: skip
+    return ["finetune_dense.py", "--model", str(model), "--dataset", "news", "--eval_text", "news", "--seed", str(seed),
+            "--max_train_samples", str(4 * STEPS), *SETTINGS, *flags]  # fmt: skip
+
+
+def is_current(row: dict) -> bool:
+    """Whether a row that is there is of the run that would be made now: its flags have not changed since."""
+    model = shlex.split(row["command"])[3]
+    return row["command"] == shown_of(training_command(model, row["method"], row["sparsity_asked"], row["seed"]))
+
+
+def train(name: str, model: Path | str, method: str, sparsity: float, seed: int, args) -> dict | None:
+    record = run(name, training_command(model, method, sparsity, seed), "finetune", args)
     if record is None:
         return None
     trained = record["metrics"][record["config"]["method"]]
@@ -73,15 +87,15 @@ def train(name: str, model: Path | str, method: str, sparsity: float, seed: int,
 
 def measure(sparsity: float, seed: int, args) -> list[dict]:
     """All rows of one sparsity and seed."""
-    dense, rows, name = (REPOSITORY / "assets" / "tiny_llama").relative_to(REPOSITORY), [], f"recovery-{sparsity:g}-seed{seed}"
+    rows, name = [], f"recovery-{sparsity:g}-seed{seed}"
     command = ["main_block.py", "--prune_method", args.prune_method, "--sparsity_type", "block", "--sparsity_ratio",
                f"{sparsity:g}", "--calibration", "news", "--seed", str(seed)]  # fmt: skip
     pruned = run(name, command, "one_shot", args)
     for method in args.methods if pruned else ():
         if method.startswith("dense"):  # one run for all sparsities
-            rows.append(train(f"recovery-dense-seed{seed}", "tiny_llama", method, sparsity, seed, dense, args))
+            rows.append(train(f"recovery-dense-seed{seed}", "tiny_llama", method, sparsity, seed, args))
         else:
-            rows.append(train(f"{name}-{method}", Path(pruned["model_dir"]), method, sparsity, seed, dense, args))
+            rows.append(train(f"{name}-{method}", Path(pruned["model_dir"]), method, sparsity, seed, args))
     return [row for row in rows if row]
 
 
@@ -132,7 +146,7 @@ def main(argv=None) -> None:
     path = RESULTS.with_suffix(".json")
     record = read_json(path) if path.exists() else {"runs": []}
     record |= {"command": "python benchmarks/recovery.py", "environment": environment()}
-    rows = {(row["sparsity_asked"], row["method"], row["seed"]): row for row in record["runs"]}
+    rows = {(row["sparsity_asked"], row["method"], row["seed"]): row for row in record["runs"] if is_current(row)}
     for sparsity in args.sparsities:
         for seed in args.seeds:
             rows |= {(row["sparsity_asked"], row["method"], row["seed"]): row for row in measure(sparsity, seed, args)}
