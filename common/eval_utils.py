@@ -329,14 +329,15 @@ def _peak_memory(model_dir: str, batch_size: int, length: int, device_name: str,
     device = torch.device(device_name)
     batch = _timing_batch(batch_size, length, device)
     torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # the math library's own buffers
-    before = _resident_peak()
+    before = resident_peak()
     model = load_classifier(Path(model_dir)).to(device).eval()
     with torch.inference_mode():
         model(**batch)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak() - before
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak() - before
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """The most bytes that this process has held in memory so far."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent's pages in a child process
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
