@@ -347,6 +347,11 @@ def resident_peak() -> int:
     return getattr(info, "peak_wset", info.rss)
 
 
+def peak_of(device: str) -> int:
+    """The most bytes that this process has held so far: of a GPU's memory, or of the machine's."""
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else resident_peak()
+
+
 # ------------------------------------------------------------------------------------------------- classifiers, compared
 
 OF_QUANTISERS = ("_scale", "_zero_point", "_shape")  # how compressed-tensors calls what is no weight
