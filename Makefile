@@ -40,4 +40,5 @@ results: environment
 	$(PYTHON) benchmarks/recovery.py
 	$(PYTHON) benchmarks/structured_llm.py
 	$(PYTHON) benchmarks/memory_table.py
+	$(PYTHON) benchmarks/train_optimized.py
 	$(PYTHON) benchmarks/update_readme.py

@@ -29,8 +29,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from common import assets, checkpoint, data, documents, eval_utils, posterior, processes, runs, train_utils, vae_eval
-from common.documents import Documents
+from common import assets, checkpoint, data, eval_utils, loading, posterior, processes, runs, train_utils, vae_eval
+from common.loading import Documents
 from common.runs import Run, UserError, table
 from common.train_utils import linear_schedule
 
@@ -188,7 +188,7 @@ class Steps:
         for i in range(MOST_INNER):
             for j in range(args.rank, args.group, args.devices):
                 index = np.random.default_rng([args.seed, step, i, j]).integers(len(texts), size=args.batch_size)
-                batch = documents.on(args.device, texts.batch(index, args.padded))
+                batch = loading.on(args.device, texts.batch(index, args.padded))
                 sums += self.backward(batch, [step, i, j], args.group * args.batch_size, beta)[0]
             self.step_(rate)
             if (i + 1) % INNER == 0:
@@ -216,13 +216,13 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
     if main:
         run.rewind(step)
         monitor.rewind(step)
-    load = documents.Loader(texts, args.device, args.num_workers, args.pin_memory, args.padded,
+    load = loading.Loader(texts, args.device, args.num_workers, args.pin_memory, args.padded,
                             run.record.setdefault("timings_of_training", {}))  # fmt: skip
     parent, clock, silent = os.getppid(), time.perf_counter(), None if main else True
-    with runs.stop_requests() as requested, documents.deaths_told():
+    with runs.stop_requests() as requested, loading.deaths_told():
         while step < args.steps:
             epoch, done = divmod(step, per_epoch)
-            order = documents.epoch_order(texts.lengths, args.batch_size, args.seed, epoch, args.use_dynamic_padding)
+            order = loading.epoch_order(texts.lengths, args.batch_size, args.seed, epoch, args.use_dynamic_padding)
             groups = [order[i : i + args.group] for i in range(0, len(order), args.group)][done:]  # a step each
             ahead = load([index for some in groups for index in some[args.rank :: args.devices]])
             for some in tqdm(groups, f"epoch {epoch + 1}", per_epoch, initial=done, leave=False, disable=silent):
@@ -274,7 +274,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
     if main:
         checkpoint.save_tensors(run.dir / "weights" / "last.safetensors", model.state_dict())
         model.load_state_dict(checkpoint.load_tensors(run.dir / "weights" / f"step-{best[0][1]:06d}.safetensors"))
-        run.record |= {"best": best, "posterior": [monitor.verdict, monitor.rule], "peak_memory": eval_utils.peak_of(args.device)}
+        run.record |= {"best": best, "verdict": [monitor.verdict, monitor.rule], "peak_memory": eval_utils.peak_of(args.device)}
 
 
 def parse(argv: list[str]):
@@ -303,14 +303,14 @@ def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     args, lowered = parse(argv)
     runs.quiet_transformers()
-    source = documents.prepare(args.data, args.data_dir, args.text_column)
+    source = loading.prepare(args.data, args.data_dir, args.text_column)
     tokenizer = data.load_tokenizer(assets.TINY_LLAMA, AutoConfig.from_pretrained(assets.TINY_LLAMA))
-    texts, selection, judged = documents.splits(source.path, tokenizer, args.max_sequence_length, args.seed, args.n_evaluated)
+    texts, selection, judged = loading.splits(source.path, tokenizer, args.max_sequence_length, args.seed, args.n_evaluated)
     args.steps = args.num_epochs * -(-len(texts) // (args.batch_size * args.group))
     args.assets = [{key: source.record[key] for key in ("name", "source", "sha256")}]
     shape = {"vocab_size": len(tokenizer), "length": args.max_sequence_length}
     shape |= {key: getattr(args, key) for key in ("width", "n_layers", "n_heads", "latent_dim")}
-    padding = documents.padding_share(texts.lengths, args.batch_size, args.padded)
+    padding = loading.padding_share(texts.lengths, args.batch_size, args.padded)
     if args.devices > 1 and not processes.started() and not args.dry_run:
         return processes.launch(args.devices, __file__, argv)
     with processes.joined(torch.device(args.device)) as args.rank:

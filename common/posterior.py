@@ -165,7 +165,7 @@ class PosteriorMetricsMonitor:
         for name in ("kl", "variance", "verdict"):
             row |= {f"{name}_{i}": value for i, value in enumerate(look[f"{name}_of"])}
         with open(self.directory / "posterior.csv", "a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
+            rows = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
                 rows.writerow(row)
             rows.writerow(row.values())

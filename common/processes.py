@@ -75,6 +75,10 @@ def joined(device: torch.device):
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
             yield dist.get_rank()
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("by peer", "onnection", "NCCL")):
+            raise
+        raise UserError(f"process {dist.get_rank()} lost another one ({str(error).splitlines()[0]:.100})") from None
     finally:
         dist.destroy_process_group()
 

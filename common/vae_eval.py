@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import documents, posterior, processes, runs
+from common import loading, posterior, processes, runs
 from common.eval_utils import evaluating
 from common.train_utils import autocast
 
 TOKENS = 4096  # of a batch with its padding
-QUICK, LARGE = 64, 1024  # texts whose posteriors are looked at often, and seldom
+QUICK, LARGE = 48, 512  # texts whose posteriors are looked at often, and seldom
 WORDS = 60  # tokens that a text is decoded to at most
 
 
@@ -28,10 +28,10 @@ class HeldOut:
     longest. Of several processes each scores its part.
     """
 
-    def __init__(self, texts: documents.Documents, device: str, precision: str, share: float, padded: int | None):
+    def __init__(self, texts: loading.Documents, device: str, precision: str, share: float, padded: int | None):
         self.texts, self.device, self.precision, self.padded = texts, device, precision, padded
         n = max(1, round(share * len(texts)))
-        self.judged = processes.part_of([*enumerate(documents.within(texts.lengths[:n], TOKENS, padded))])
+        self.judged = processes.part_of([*enumerate(loading.within(texts.lengths[:n], TOKENS, padded))])
         self.cached: dict[int, list[dict]] = {}
 
     def negative_elbo(self, model) -> dict[str, float]:
@@ -39,7 +39,7 @@ class HeldOut:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with evaluating(model):
             for number, index in self.judged:
-                batch = documents.on(self.device, self.texts.batch(index, self.padded))
+                batch = loading.on(self.device, self.texts.batch(index, self.padded))
                 with autocast(batch["ids"].device, self.precision):
                     mean, log_variance = model.encode(**batch)
                     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(number)).to(mean.device)
@@ -52,8 +52,8 @@ class HeldOut:
     def posteriors(self, model, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Means and log-variances of the first n texts, (n, D) each. Their batches stay on the device."""
         if n not in self.cached:
-            batches = documents.within(self.texts.lengths[:n], TOKENS)
-            self.cached[n] = [documents.on(self.device, self.texts.batch(index)) for index in batches]
+            batches = loading.within(self.texts.lengths[:n], TOKENS)
+            self.cached[n] = [loading.on(self.device, self.texts.batch(index)) for index in batches]
         with evaluating(model), autocast(torch.device(self.device), self.precision):
             found = [model.encode(**batch) for batch in self.cached[n]]
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
@@ -84,14 +84,14 @@ def importance_weighted(reconstruction, mean, log_variance, n_samples: int, gene
     return torch.stack(nats).mean(0), posterior.log_mean_exp(torch.stack(weights))
 
 
-def evaluate(model, texts: documents.Documents, device: str, n_samples: int, seed: int) -> dict:
+def evaluate(model, texts: loading.Documents, device: str, n_samples: int, seed: int) -> dict:
     """Held-out measures of a model in fp32; nats a text, and perplexities a token (the end of a text is one, what was cut is
     not)."""
     sums, means, log_variances = np.zeros(3), [], []
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
-        for index in tqdm(documents.within(texts.lengths, TOKENS), "judging", leave=False, disable=None):
-            batch = documents.on(device, texts.batch(index))
+        for index in tqdm(loading.within(texts.lengths, TOKENS), "judging", leave=False, disable=None):
+            batch = loading.on(device, texts.batch(index))
             mean, log_variance = model.encode(**batch)
             nats, log_likelihood = importance_weighted(lambda z, b=batch: model.reconstruction(**b, z=z), mean, log_variance,
                                                        n_samples, generator)  # fmt: skip
@@ -100,7 +100,7 @@ def evaluate(model, texts: documents.Documents, device: str, n_samples: int, see
             means.append(mean.cpu())
             log_variances.append(log_variance.cpu())
     n, tokens = len(texts), int(texts.lengths.sum())
-    reconstruction, kl, nll = sums / n
+    reconstruction, kl, nll = (sums / n).tolist()
     found = posterior.measures(torch.cat(means), torch.cat(log_variances), generator)
     return {
         "n": n, "tokens": tokens, "negative_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl,
@@ -136,12 +136,12 @@ def decode_texts(model, z: torch.Tensor, tokenizer, n: int = WORDS, generator: t
     return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids.tolist()]
 
 
-def write_texts(folder: Path, model, texts: documents.Documents, tokenizer, device: str, seed: int, n: int = 10) -> None:
+def write_texts(folder: Path, model, texts: loading.Documents, tokenizer, device: str, seed: int, n: int = 10) -> None:
     """samples.txt (z from the prior, words drawn), reconstructions.txt (of n texts, from their posterior means) and
     interpolation.txt (on the line between the first two of these)."""
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
-        mean, _ = model.encode(**documents.on(device, texts.batch(np.arange(min(n, len(texts))))))
+        mean, _ = model.encode(**loading.on(device, texts.batch(np.arange(min(n, len(texts))))))
     samples = decode_texts(model, torch.randn(n, mean.shape[1], generator=generator).to(device), tokenizer, generator=generator)
     originals = [tokenizer.decode(texts.tokens(i), skip_special_tokens=True) for i in range(len(mean))]
     again = decode_texts(model, mean, tokenizer)
