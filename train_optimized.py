@@ -171,7 +171,8 @@ class Steps:
         noise = torch.randn(len(ids), args.latent_dim, device=ids.device)
         dropped = torch.rand(ids.shape, device=ids.device) < args.word_dropout if args.word_dropout else None
         with train_utils.autocast(ids.device, args.precision):
-            nats, mean, log_variance = self.forward(**batch, noise=noise, dropped=dropped)
+            forward = self.forward if len(ids) == args.batch_size else self.model  # not compiled anew for a last, short batch
+            nats, mean, log_variance = forward(**batch, noise=noise, dropped=dropped)
         kl = posterior.kl_per_dimension(mean, log_variance)  # (B, D)
         loss = (nats + beta * kl.clamp(min=args.free_bits).sum(1)).sum()
         self.scaler.scale(loss / (n_texts * self.mean_length)).backward()
@@ -238,8 +239,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
                 if logs := looks or validates or step % LOG_EVERY == 0:
                     loss, nats, kl, n = processes.sum_(sums).tolist()
                     train_utils.check_finite(sums, steps.scaler, step)
-                    sums.zero_()
-                    speed = n / (time.perf_counter() - clock)
+                    sums, speed = torch.zeros_like(sums), n / (time.perf_counter() - clock)
                 if logs and main:
                     run.log(step, "training", objective=loss / n, reconstruction=nats / n, kl=kl / n, beta=beta,
                             learning_rate=rate, examples_per_second=speed)  # fmt: skip

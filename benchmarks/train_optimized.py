@@ -99,7 +99,7 @@ def run(name: str, flags: list[str], n: int, args) -> dict:
     epochs, steps = record["config"]["num_epochs"], record["config"]["steps"]
     step_texts = record["config"]["batch_size"] * record["config"]["gradient_accumulation_steps"]
     found = {key: value for key, value in record["metrics"]["vae"].items() if key != "kl_of"}
-    return {"command": f"python {shlex.join(command)}", "n_texts": n, "folder": str(folder), "seconds": seconds,
+    return {"command": f"python {shlex.join(command)}", "n_texts": n, "run": name, "seconds": seconds,
             "texts_per_second": steps * step_texts / seconds,
             "warm_texts_per_second": statistics.median(speeds[len(speeds) // 2 :]),
             "monitoring": parts.get("monitoring", 0.0) / seconds, "waiting": parts["waiting for data"] / seconds,
@@ -151,19 +151,26 @@ def happened_at(looks: list[dict]) -> int | None:
     return dead
 
 
+def looks_of(path: Path) -> list[dict]:
+    """What posterior.csv says of each look; nothing where a run was too short for one."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{"step": int(line["step"]), "kl": float(line["kl"]), "active_units": int(line["active_units"]),
+                 "mutual_information": float(line["mutual_information"]),
+                 "kl_of": [value for key, value in line.items() if key.removeprefix("kl_").isdigit()]}
+                for line in csv.DictReader(file)]  # fmt: skip
+
+
 def detection(args) -> list[dict]:
     rows = []
     for kind, flags in (("collapses", ROUTES["nothing"]), ("healthy", [])):
         for seed in args.detection_seeds:
             flags_of = ["--fast", "--num_epochs", "1", "--update_frequency", "10", "--seed", str(seed), *flags]
             row = run(f"detection-{kind}-{seed}", [*flags_of, "--n_evaluated", "64", "--iw_samples", "1"], args.n_watched, args)
-            with open(Path(row["folder"]) / "posterior.csv", newline="", encoding="utf-8") as file:
-                read = [{"step": int(line["step"]), "kl": float(line["kl"]), "active_units": int(line["active_units"]),
-                         "mutual_information": float(line["mutual_information"]),
-                         "kl_of": [value for key, value in line.items() if key.removeprefix("kl_").isdigit()]}
-                        for line in csv.DictReader(file)]  # fmt: skip
-            told = {str(every): told_at(read, every) for every in (10, 50, 100)}
-            rows.append({"kind": kind, "seed": seed, "happened": happened_at(read), "told": told} | row)
+            looks = looks_of(args.out_dir / "vae" / row["run"] / "posterior.csv")
+            told = {str(every): told_at(looks, every) for every in (10, 50, 100)}
+            rows.append({"kind": kind, "seed": seed, "happened": happened_at(looks), "told": told} | row)
     return rows
 
 

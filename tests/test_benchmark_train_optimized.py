@@ -52,7 +52,7 @@ def test_all_parts(benchmark, tmp_path, monkeypatch, capsys):
     assert all(0 < row["monitoring"] + row["waiting"] + row["validation"] < 1 for row in sides.values())
     assert [row["route"] for row in record["parts"]["routes"]] == list(benchmark.ROUTES)
     shown = (tmp_path / "train_optimized.md").read_text()
-    assert shown.strip() in capsys.readouterr().out and shown.count("| --") == 5
+    assert shown.strip() in capsys.readouterr().out and shown.count("\n| --") == 5
     assert str(tmp_path) not in shown and all(str(tmp_path) not in row["command"] for row in record["parts"]["whole"])
 
 
