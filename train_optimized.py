@@ -176,7 +176,7 @@ class Steps:
         kl = posterior.kl_per_dimension(mean, log_variance)  # (B, D)
         loss = (nats + beta * kl.clamp(min=args.free_bits).sum(1)).sum()
         self.scaler.scale(loss / (n_texts * self.mean_length)).backward()
-        return torch.stack([loss, nats.sum(), kl.sum(), kl.new_tensor(len(ids))]).detach().double()
+        return torch.stack([loss, nats.sum(), kl.sum(), kl.new_tensor(len(ids))]).detach()
 
     def step_(self, rate: float) -> None:
         processes.sum_gradients_([p for p in self.model.parameters() if p.requires_grad])
@@ -184,7 +184,7 @@ class Steps:
 
     def lag_(self, texts: Documents, step: int, beta: float, rate: float) -> None:
         """Steps of the encoder alone, on random texts, until the objective falls no more (arXiv 1901.05534, algorithm 1)."""
-        args, before, sums = self.args, math.inf, torch.zeros((), dtype=torch.float64, device=self.args.device)
+        args, before, sums = self.args, math.inf, torch.zeros((), device=self.args.device)
         self.model.requires_grad_(False).encoder.requires_grad_(True)
         for i in range(MOST_INNER):
             for j in range(args.rank, args.group, args.devices):
@@ -206,7 +206,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
     monitor = posterior.PosteriorMetricsMonitor(args.update_frequency, args.plot_frequency, args.window_size,
                                                 not args.fast_detection, run.dir if main else None, args.seed)  # fmt: skip
     parts = {"model": model, "optimizer": steps.optimizer, "scaler": steps.scaler, "monitor": monitor}
-    fresh = {"step": 0, "best": [], "lagging": args.aggressive, "information": -math.inf, "sums": torch.zeros(4).double()}
+    fresh = {"step": 0, "best": [], "lagging": args.aggressive, "information": -math.inf, "sums": torch.zeros(4)}
     with processes.first(args.rank):
         state, warning = checkpoint.load_checkpoint(run.checkpoint_dir)
     step, best, lagging, information, sums = ((state or fresh)[key] for key in fresh)

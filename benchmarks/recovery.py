@@ -7,8 +7,8 @@
 For each seed (of calibration text, order of the data, adapters): `main_block.py` prunes assets/tiny_llama by 16x16 blocks, and
 `finetune_dense.py` trains the pruned models, which learn from the dense one's predictions and hidden states, and the dense one,
 by cross-entropy and at a lower rate (it has converged: a higher one makes it worse), on the same windows for the same steps. At
-20 % the embeddings stay as they are: nothing was pruned there. Each keeps its best weights by validation loss. Perplexities are of the test split of the news, from the records. Runs that are
-finished are not repeated.
+20 % the embeddings stay as they are: nothing was pruned there. Each keeps its best weights by validation loss. Perplexities are
+of the test split of the news, from the records. Runs that are finished are not repeated.
 
 Writes benchmarks/results/recovery.json (every run: command, metrics) and .md.
 """

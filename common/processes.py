@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -46,6 +47,7 @@ def launch(n: int, script: str, argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what it does on Ctrl+C is said by the processes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", max_restarts=0, shutdown_timeout=SAVE_SECONDS)  # fmt: skip
@@ -75,6 +77,10 @@ def joined(device: torch.device):
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
             yield dist.get_rank()
+    except Interrupted:
+        if dist.get_rank():
+            sys.exit(130)  # the first one says how to go on
+        raise
     except RuntimeError as error:
         if not any(sign in str(error) for sign in ("by peer", "onnection", "NCCL")):
             raise

@@ -36,7 +36,7 @@ class HeldOut:
 
     def negative_elbo(self, model) -> dict[str, float]:
         """It and its two parts, reconstruction and KL, in nats a text."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, device=self.device)
         with evaluating(model):
             for number, index in self.judged:
                 batch = loading.on(self.device, self.texts.batch(index, self.padded))
@@ -45,7 +45,7 @@ class HeldOut:
                     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(number)).to(mean.device)
                     nats = model.reconstruction(**batch, z=mean + noise * (0.5 * log_variance).exp())
                 kl = posterior.kl_per_dimension(mean, log_variance)
-                sums += torch.stack([nats.double().sum(), kl.double().sum(), sums.new_tensor(len(index))])
+                sums += torch.stack([nats.sum(), kl.sum(), nats.new_tensor(len(index))])
         reconstruction, kl, n = processes.sum_(sums).tolist()
         return {"negative_elbo": (reconstruction + kl) / n, "reconstruction": reconstruction / n, "kl": kl / n}
 
@@ -70,7 +70,7 @@ class HeldOut:
 
 def importance_weighted(reconstruction, mean, log_variance, n_samples: int, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each text, (B,): the mean of -log p(x|z) over samples of q(z|x), and log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), a lower
-    bound of log p(x) that rises with K (arXiv 1509.00519, equation 8).
+    bound of log p(x) that rises with K (arXiv 1509.00519, equation 8); float64, on the CPU.
 
     reconstruction: z, (B, D), to -log p(x|z), (B,).
     """
@@ -78,9 +78,9 @@ def importance_weighted(reconstruction, mean, log_variance, n_samples: int, gene
     for _ in range(n_samples):
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         z = mean + noise * (0.5 * log_variance).exp()
-        nats.append(reconstruction(z).double())
-        ratio = posterior.log_normal(z.double()) - posterior.log_normal(z.double(), mean.double(), log_variance.double())
-        weights.append(ratio - nats[-1])
+        nats.append(reconstruction(z).cpu().double())
+        of_q = posterior.log_normal(*(values.cpu().double() for values in (z, mean, log_variance)))
+        weights.append(posterior.log_normal(z.cpu().double()) - of_q - nats[-1])
     return torch.stack(nats).mean(0), posterior.log_mean_exp(torch.stack(weights))
 
 
@@ -96,7 +96,7 @@ def evaluate(model, texts: loading.Documents, device: str, n_samples: int, seed:
             nats, log_likelihood = importance_weighted(lambda z, b=batch: model.reconstruction(**b, z=z), mean, log_variance,
                                                        n_samples, generator)  # fmt: skip
             kl = posterior.kl_per_dimension(mean, log_variance)
-            sums += [float(nats.sum()), float(kl.double().sum()), -float(log_likelihood.sum())]
+            sums += [float(nats.sum()), float(kl.sum()), -float(log_likelihood.sum())]
             means.append(mean.cpu())
             log_variances.append(log_variance.cpu())
     n, tokens = len(texts), int(texts.lengths.sum())
