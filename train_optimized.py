@@ -67,7 +67,7 @@ PRESETS = [
     ("kl_rise", 0.5, 0.5, "share of the training, or of each of the four cycles, in which it does", (1e-6, 1)),
     ("free_bits", 0.1, 0.1, "nats of a text and dimension that cost nothing (arXiv 1909.00868)", (0, 100)),
     ("aggressive", False, False, "train the encoder ahead of the decoder while mutual information rises (arXiv 1901.05534)"),
-    ("learning_rate", 0.0, 0.0, "its peak; 0: 0.0002 x the root of the texts a step", (0, 1)),
+    ("learning_rate", 0.0, 0.0, "its peak; 0: 0.0005 x the root of the texts a step", (0, 1)),
     ("iw_samples", 50, 10, "samples of z that the final likelihood of a text is estimated from", (1, 10**5)),
     ("n_evaluated", 0, 256, "texts that are judged at the end; 0: all", (0, 10**9)),
 ]
@@ -291,7 +291,7 @@ def parse(argv: list[str]):
         train_utils.check_compiler(device, "--compile_model")
     args.device, args.rank, args.padded = str(device), 0, None if args.use_dynamic_padding else args.max_sequence_length
     args.group = args.gradient_accumulation_steps * args.devices  # batches of a step
-    args.learning_rate = args.learning_rate or 2e-4 * math.sqrt(args.batch_size * args.group)
+    args.learning_rate = args.learning_rate or 5e-4 * math.sqrt(args.batch_size * args.group)
     args.num_workers = min(args.num_workers, max(1, processes.cores() // args.devices))
     args.precision = train_utils.nearest_precision(args.precision, device)
     args.pin_memory = args.pin_memory and device.type == "cuda"
@@ -313,7 +313,7 @@ def main(argv=None) -> None:
     padding = loading.padding_share(texts.lengths, args.batch_size, args.padded)
     if args.devices > 1 and not processes.started() and not args.dry_run:
         return processes.launch(args.devices, __file__, argv)
-    with processes.joined(torch.device(args.device)) as args.rank:
+    with processes.joined(torch.device(args.device), 1 if args.dry_run else args.devices) as args.rank:
         print(f"""texts    {args.data}: {len(texts):,} to train, {len(selection):,} to select, {len(judged):,} to judge
 tokens   {texts.lengths.mean():.1f} a text, {texts.n_cut:,} texts cut at {args.max_sequence_length}; padding {padding:.1%}
 steps    {args.steps:,} of {args.batch_size} texts x {args.gradient_accumulation_steps} forwards x {args.devices} processes

@@ -6,6 +6,7 @@ The order of an epoch is a function of seed and epoch, so a run goes on at any b
 from __future__ import annotations
 
 import copy
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,6 +141,11 @@ def _as_it_is(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return batch
 
 
+def _deaf(worker: int) -> None:
+    """A process that loads hears no Ctrl+C: the one that trains does, and still needs batches to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Order:
     """A sampler whose batches are set anew for each epoch, while the worker processes stay."""
 
@@ -167,7 +173,7 @@ class Loader:
         self.pin = pin and self.device.type == "cuda"
         several = {"persistent_workers": True, "prefetch_factor": AHEAD} if n_workers else {}
         self.loader = DataLoader(_Padded(documents, length), batch_size=None, sampler=self.order, num_workers=n_workers,
-                                 collate_fn=_as_it_is, generator=torch.Generator(), **several)  # fmt: skip
+                                 collate_fn=_as_it_is, worker_init_fn=_deaf, generator=torch.Generator(), **several)
 
     def __call__(self, batches: list[np.ndarray]):
         start = time.perf_counter()

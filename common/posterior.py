@@ -187,7 +187,7 @@ class PosteriorMetricsMonitor:
         figure = Figure(figsize=(9, 6), dpi=80)
         canvas = FigureCanvasAgg(figure)
         figure.suptitle(f"step {step:,}: {last['verdict']} ({last['rule']})", color=COLORS[last["verdict"]])
-        (nats, units), (spread, each) = figure.subplots(2, 2)
+        (nats, units), (spread, each) = figure.subplots(2, 2, gridspec_kw={"hspace": 0.35, "wspace": 0.3})
         for key in ("kl", "mutual_information", "marginal_kl"):
             nats.plot(steps, [look[key] for look in self.looks], label=key.replace("_", " "))
         nats.set_title("nats an example")

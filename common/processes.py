@@ -66,10 +66,12 @@ def launch(n: int, script: str, argv: list[str]) -> None:
 
 
 @contextmanager
-def joined(device: torch.device):
-    """Inside, the processes that an agent started are one group, by NCCL on CUDA, else gloo; yields the rank. Alone it is 0.
+def joined(device: torch.device, n: int):
+    """Inside, the n processes that an agent started are one group, by NCCL on CUDA, else gloo; yields the rank. Alone it is 0.
 
-    They wait two hours for each other, and what others than the first print is shown nowhere."""
+    They wait two hours for each other; what others than the first print is shown nowhere. UserError where they are not n."""
+    if (found := int(os.environ.get("WORLD_SIZE", 1)) if started() else 1) != n:
+        raise UserError(f"--devices {n}: there are {found} processes. Give --devices {found}, or start it by python alone")
     if not started():
         yield 0
         return

@@ -153,6 +153,14 @@ def test_a_fixed_length(documents):
     assert batch["ids"].shape == (2, 25)
 
 
+def test_ctrl_c_is_not_for_the_loading_processes(documents):
+    load, order = Loader(documents, "cpu", 1, False, None, {}), epoch_order(documents.lengths, 1, 0, 0)
+    for i, _ in enumerate(load(order)):
+        if i == 1:
+            os.kill(load.loader._iterator._workers[0].pid, signal.SIGINT)
+    assert i == len(order) - 1 and load.loader._iterator._workers[0].is_alive()
+
+
 def test_a_loading_process_that_dies_is_told_with_the_way_out(documents):
     load = Loader(documents, "cpu", 1, False, None, {})
     with pytest.raises(UserError, match=r"a process that loads data died \(DataLoader worker.* with --num_workers 0 without"):

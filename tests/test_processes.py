@@ -57,7 +57,9 @@ def test_other_ends(how, error, message, launch):
 def test_alone_everything_is_as_without():
     parameter, values = torch.nn.Parameter(torch.ones(2)), torch.tensor([1.0, 2.0])
     parameter.grad = torch.tensor([3.0, 4.0])
-    with processes.joined(torch.device("cpu")) as rank, processes.first(rank):
+    with pytest.raises(UserError, match=r"--devices 2: there are 1 processes"), processes.joined(torch.device("cpu"), 2):
+        pass
+    with processes.joined(torch.device("cpu"), 1) as rank, processes.first(rank):
         assert rank == 0 and not dist.is_initialized() and not processes.orphaned(0)
         processes.sum_gradients_([parameter])
         assert parameter.grad.tolist() == [3, 4] and processes.sum_(values) is values
@@ -68,7 +70,7 @@ def share(rank, port, folder):
     os.environ |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank),
                    "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}  # fmt: skip
     a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1, 3))
-    with processes.joined(torch.device("cpu")) as found:
+    with processes.joined(torch.device("cpu"), 2) as found:
         a.grad = torch.tensor([1.0, 2.0]) * (rank + 1)
         b.grad = None if rank else torch.ones(1, 3)  # one of them has nothing to add
         processes.sum_gradients_([a, b])
