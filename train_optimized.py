@@ -218,7 +218,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
         run.rewind(step)
         monitor.rewind(step)
     load = loading.Loader(texts, args.device, args.num_workers, args.pin_memory, args.padded,
-                            run.record.setdefault("timings_of_training", {}))  # fmt: skip
+                          run.record.setdefault("timings_of_training", {}))  # fmt: skip
     parent, clock, silent = os.getppid(), time.perf_counter(), None if main else True
     with runs.stop_requests() as requested, loading.deaths_told():
         while step < args.steps:
