@@ -139,7 +139,8 @@ class PosteriorMetricsMonitor:
         self.looks.append(look)
         recent = list(self.looks)[-max(2, self.looks.maxlen // TREND) :]
         look["verdict"], look["rule"] = judge(recent)
-        tops = [max(past["kl_of"][i] for past in recent) for i in range(len(look["kl_of"]))]
+        was = [past["kl_of"] for past in settled(recent)]
+        tops = [max(kl) for kl in zip(*was, strict=True)]
         of_each = zip(look["variance_of"], look["kl_of"], tops, strict=True)
         look["verdict_of"] = [next((v for v, _, holds in OF_A_DIMENSION if holds(*one)), "healthy") for one in of_each]
         if self.verbose or look["verdict"] != self.told:
@@ -214,9 +215,14 @@ class PosteriorMetricsMonitor:
         self.told = state["told"]
 
 
+def settled(looks: list[dict]) -> list[dict]:
+    """Those that trends go back to: the KL of an encoder that has just begun can be high and say nothing; the latest always."""
+    return [look for look in looks if look["step"] >= GRACE] or looks[-1:]
+
+
 def judge(looks: list[dict]) -> tuple[str, str]:
     """The verdict of the latest look and the first of RULES that holds; collapsed only where CONFIRMED looks agree on that."""
-    latest, top = looks[-1], max(look["kl"] for look in looks)
+    latest, top = looks[-1], max(look["kl"] for look in settled(looks))
     if latest["step"] < GRACE:
         return "starting", f"before step {GRACE}"
     for verdict, rule, holds in RULES:

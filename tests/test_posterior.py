@@ -122,6 +122,7 @@ def look(step, kl=5.0, information=3.0, active=4, n=8):
     ([look(250, n=50), look(300, n=50)], "at risk", "under a tenth of the units active"),
     ([look(250, kl=10.1), look(300)], "at risk", "KL under half of what it was"),
     ([look(250, kl=9.9), look(300)], "healthy", "no rule holds"),
+    ([look(150, kl=50), look(200), look(250)], "healthy", "no rule holds"),  # what was before is no trend
     ([look(250, 50, 4), look(300, 50, 4)], "at risk", "KL tenfold the mutual information"),
 ])  # fmt: skip
 def test_verdicts(looks, verdict, rule):
