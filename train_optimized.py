@@ -184,19 +184,20 @@ class Steps:
 
     def lag_(self, texts: Documents, step: int, beta: float, rate: float) -> None:
         """Steps of the encoder alone, on random texts, until the objective falls no more (arXiv 1901.05534, algorithm 1)."""
-        args, before, sums = self.args, math.inf, torch.zeros((), device=self.args.device)
+        args, before, sums = self.args, math.inf, torch.zeros(2, device=self.args.device)
         self.model.requires_grad_(False).encoder.requires_grad_(True)
         for i in range(MOST_INNER):
             for j in range(args.rank, args.group, args.devices):
                 index = np.random.default_rng([args.seed, step, i, j]).integers(len(texts), size=args.batch_size)
                 batch = loading.on(args.device, texts.batch(index, args.padded))
-                sums += self.backward(batch, [step, i, j], args.group * args.batch_size, beta)[0]
+                sums[0] += self.backward(batch, [step, i, j], args.group * args.batch_size, beta)[0]
+                sums[1] += batch["lengths"].sum()
             self.step_(rate)
             if (i + 1) % INNER == 0:
-                now = float(processes.sum_(sums))
-                if not now < before:
+                loss, tokens = processes.sum_(sums).tolist()
+                if not loss / tokens < before:  # by token: else the lengths of the texts decide
                     break
-                before = now + float(sums.zero_())
+                before, sums = loss / tokens, torch.zeros_like(sums)
         self.model.requires_grad_(True).encoder.requires_grad_(False)  # the step that follows is the decoder's
 
 

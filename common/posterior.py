@@ -15,10 +15,11 @@ ACTIVE = 0.01  # variance of the posterior mean over data above which a unit is 
 GRACE = 200  # steps before which nothing is judged: an encoder starts with a posterior that says nothing
 CONFIRMED = 2  # looks in a row that have to agree before the posterior is called collapsed
 TREND = 10  # what was: in the latest tenth of the window
+LITTLE = 0.2  # nats
 RULES = [  # verdict, rule, whether it holds: of the latest look, the highest KL that was, the number of dimensions
     ("collapsed", "no active unit", lambda look, top, n: look["active_units"] == 0),
-    ("collapsed", "KL under 0.1 nats", lambda look, top, n: look["kl"] < 0.1),
-    ("collapsed", "mutual information under 0.1 nats", lambda look, top, n: look["mutual_information"] < 0.1),
+    ("collapsed", f"KL under {LITTLE} nats", lambda look, top, n: look["kl"] < LITTLE),
+    ("collapsed", f"mutual information under {LITTLE} nats", lambda look, top, n: look["mutual_information"] < LITTLE),
     ("at risk", "under a tenth of the units active", lambda look, top, n: look["active_units"] < 0.1 * n),
     ("at risk", "KL under half of what it was", lambda look, top, n: look["kl"] < 0.5 * top),
     ("at risk", "KL tenfold the mutual information", lambda look, top, n: look["kl"] > 10 * look["mutual_information"]),

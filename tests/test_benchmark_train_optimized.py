@@ -57,7 +57,7 @@ def test_all_parts(benchmark, tmp_path, monkeypatch, capsys):
 
 
 def look(step, active, kl=3.0):
-    return {"step": step, "kl": kl, "active_units": active, "mutual_information": 2.0, "kl_of": [0] * 8}
+    return {"step": step, "kl": kl, "active_units": active, "mutual_information": active / 4, "kl_of": [0] * 8}
 
 
 def test_when_a_collapse_happened_and_when_it_is_told(benchmark):

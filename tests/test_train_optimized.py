@@ -341,7 +341,7 @@ def test_an_aggressive_encoder_is_trained_alone_until_it_is_no_better(model, mon
 
     steps = steps_of(model, learning_rate=0.001)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    objectives = iter([9.0] * 10 + [8.0] * 10 + [8.0] * 10 + [1.0] * 70)
+    objectives = iter([9.0] * 10 + [8.0] * 10 + [8.0] * 10 + [1.0] * 70)  # of texts that are all as long
     original = steps.backward
     calls = []
 
