@@ -66,7 +66,7 @@ ROUTES = {
     "nothing": ["--kl_annealing", "none", "--free_bits", "0"],
     "annealing": ["--free_bits", "0"],
     "annealing, free bits": [],
-    "lagging encoder": ["--aggressive", "--kl_rise", "0.1", "--free_bits", "0"],
+    "lagging encoder": ["--aggressive", "--free_bits", "0"],
 }
 WATCHED = {"default": [], "fast_detection": ["--fast_detection"]}
 SPEED_UP, ELBO_WITHIN, WAITING, COST, DELAY, PAYS = 3.0, 0.01, 0.02, {"default": 0.03, "fast_detection": 0.01}, 300, 1.02
