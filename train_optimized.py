@@ -67,7 +67,7 @@ PRESETS = [
     ("free_bits", 0.1, 0.1, "nats of a text and dimension that cost nothing (arXiv 1909.00868)", (0, 100)),
     ("aggressive", False, False, "train the encoder ahead of the decoder while mutual information rises (arXiv 1901.05534)"),
     ("learning_rate", 0.0, 0.0, "its peak; 0: 0.0005 x the root of the texts a step", (0, 1)),
-    ("iw_samples", 50, 10, "samples of z that the final likelihood of a text is estimated from", (1, 10**5)),
+    ("iw_samples", 20, 10, "samples of z that the final likelihood of a text is estimated from", (1, 10**5)),
     ("n_evaluated", 0, 256, "texts that are judged at the end; 0: all", (0, 10**9)),
 ]
 #  what these two flags change in both columns; a flag that is given beats them
