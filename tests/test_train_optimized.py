@@ -214,6 +214,23 @@ def test_the_baseline_changes_values_and_a_flag_beats_it(base):
     assert (args.val_check_interval, args.limit_val_batches, args.max_sequence_length) == (0.1, 0.1, 1000)
 
 
+def test_the_manual_says_what_the_two_modes_change():
+    lines = GUIDE.split("change these, in both columns")[1].split("Other flags:")[0].splitlines()
+    rows = [[cell.strip() for cell in line.replace("`", "").split("|")[1:-1]] for line in lines if line.startswith("| `--")]
+    table = {tuple(cells[0].split(", ")): cells[1:] for cells in rows}
+
+    def said(flag, column):
+        ((flags, cells),) = [(flags, cells) for flags, cells in table.items() if f"--{flag}" in flags]
+        found = cells[column].split(", ")[flags.index(f"--{flag}")]
+        return {"on": "True", "off": "False"}.get(found, found)
+
+    default = {row[0]: row[1] for row in script.PRESETS}
+    assert {flag: said(flag, 0) for flag in script.BASELINE} == {flag: str(default[flag]) for flag in script.BASELINE}
+    assert {flag: said(flag, 2) for flag in script.BASELINE} == {flag: str(value) for flag, value in script.BASELINE.items()}
+    changed = script.FAST_DETECTION
+    assert {flag: said(flag, 1) for flag in changed} == {flag: str(value) for flag, value in changed.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
