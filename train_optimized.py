@@ -202,9 +202,9 @@ class Steps:
 
 def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run) -> None:
     """The training loop; goes on from the run's checkpoint. Leaves best and last weights in weights/, the best in the model."""
-    main, steps, per_epoch = not args.rank, Steps(model.train(), args, texts.lengths.mean()), args.steps // args.num_epochs
+    lead, steps, per_epoch = not args.rank, Steps(model.train(), args, texts.lengths.mean()), args.steps // args.num_epochs
     monitor = posterior.PosteriorMetricsMonitor(args.update_frequency, args.plot_frequency, args.window_size,
-                                                not args.fast_detection, run.dir if main else None, args.seed)  # fmt: skip
+                                                not args.fast_detection, run.dir if lead else None, args.seed)  # fmt: skip
     parts = {"model": model, "optimizer": steps.optimizer, "scaler": steps.scaler, "monitor": monitor}
     fresh = {"step": 0, "best": [], "lagging": args.aggressive, "information": -math.inf, "sums": torch.zeros(4)}
     with processes.first(args.rank):
@@ -213,13 +213,13 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
     if state:
         checkpoint.restore_(state, parts)
         print(f"{f'warning: {warning}; ' if warning else ''}resumed at step {step:,} of {args.steps:,}", flush=True)
-    sums = sums.to(args.device) * main  # of loss, reconstruction, KL and texts since the last line of the history
-    if main:
+    sums = sums.to(args.device) * lead  # of loss, reconstruction, KL and texts since the last line of the history
+    if lead:
         run.rewind(step)
         monitor.rewind(step)
     load = loading.Loader(texts, args.device, args.num_workers, args.pin_memory, args.padded,
                           run.record.setdefault("timings_of_training", {}))  # fmt: skip
-    parent, clock, silent = os.getppid(), time.perf_counter(), None if main else True
+    parent, clock, silent = os.getppid(), time.perf_counter(), None if lead else True
     with runs.stop_requests() as requested, loading.deaths_told():
         while step < args.steps:
             epoch, done = divmod(step, per_epoch)
@@ -240,10 +240,10 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
                     loss, nats, kl, n = processes.sum_(sums).tolist()
                     train_utils.check_finite(sums, steps.scaler, step)
                     sums, speed = torch.zeros_like(sums), n / (time.perf_counter() - clock)
-                if logs and main:
+                if logs and lead:
                     run.log(step, "training", objective=loss / n, reconstruction=nats / n, kl=kl / n, beta=beta,
                             learning_rate=rate, examples_per_second=speed)  # fmt: skip
-                if looks and main:
+                if looks and lead:
                     with run.timed("monitoring", "training"):
                         collapsed = held.look(monitor, model, step, nats / n) and args.on_collapse == "stop"
                 if lagging and ends:
@@ -255,7 +255,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
                         found = held.negative_elbo(model)
                     print(f"step {step:,}/{args.steps:,}  objective {loss / n:.2f}  KL {kl / n:.2f}  beta {beta:.2f}  held out "
                           f"ELBO {-found['negative_elbo']:.2f}, KL {found['kl']:.2f}  {speed:,.0f} texts/s", flush=True)
-                    if main:
+                    if lead:
                         run.log(step, "validation", **found)
                         checkpoint.keep_best_(run.dir / "weights", best, args.save_top_k, found["negative_elbo"], step, model)
                 collapsed = looks and processes.any_of(collapsed, args.device)
@@ -263,7 +263,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
                 if ends or stops or collapsed or step % args.save_every == 0:
                     whole = processes.sum_(sums.clone())
                     train_utils.check_finite(sum(p.detach().sum() for p in model.parameters()), steps.scaler, step)
-                    if main:
+                    if lead:
                         checkpoint.save_checkpoint(run.checkpoint_dir, parts, step=step, best=best, lagging=lagging,
                                                    information=information, sums=whole)  # fmt: skip
                 if collapsed:
@@ -271,7 +271,7 @@ def fit(model: TextVAE, texts: Documents, held: vae_eval.HeldOut, args, run: Run
                 if stops:
                     raise runs.Interrupted(f"The same command goes on from step {step:,} of {args.steps:,} ({run.dir})")
                 clock = time.perf_counter() if logs else clock
-    if main:
+    if lead:
         checkpoint.save_tensors(run.dir / "weights" / "last.safetensors", model.state_dict())
         model.load_state_dict(checkpoint.load_tensors(run.dir / "weights" / f"step-{best[0][1]:06d}.safetensors"))
         run.record |= {"best": best, "verdict": [monitor.verdict, monitor.rule], "peak_memory": eval_utils.peak_of(args.device)}
