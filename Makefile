@@ -41,4 +41,5 @@ results: environment
 	$(PYTHON) benchmarks/structured_llm.py
 	$(PYTHON) benchmarks/extreme.py
 	$(PYTHON) benchmarks/memory_table.py
+	$(PYTHON) benchmarks/train_optimized.py
 	$(PYTHON) benchmarks/update_readme.py

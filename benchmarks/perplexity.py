@@ -103,9 +103,9 @@ def _added_memory(name: str, settings: dict, tokens: np.ndarray, device_name: st
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
-    before = eval_utils._resident_peak()
+    before = eval_utils.resident_peak()
     SIDES[name](model, tokens, settings["token_length"], settings["precision"])
-    return eval_utils._resident_peak() - before
+    return eval_utils.resident_peak() - before
 
 
 def timed(name: str, model, tokens: np.ndarray, settings: dict) -> tuple[float, float]:

@@ -121,7 +121,7 @@ def peak_memory(kind: str, size: str, pattern: str, args) -> int:
 def probe(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(*args.probe, args, folder)[0].train()
-    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else eval_utils._resident_peak())
+    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else eval_utils.resident_peak())
 
 
 def masking(size: str, pattern: str, args) -> dict[str, float]:

@@ -43,7 +43,7 @@ from common import assets, generation, structured, text, train_utils  # noqa: E4
 from common.blocks import KINDS, blocks_of  # noqa: E402
 from common.checkpoint import load_causal_lm, save_tensors  # noqa: E402
 from common.data import load_tokenizer  # noqa: E402
-from common.eval_utils import _resident_peak  # noqa: E402
+from common.eval_utils import resident_peak  # noqa: E402
 from common.importance import random_scores  # noqa: E402
 from common.pruning import shrink_  # noqa: E402
 from common.runs import Parser, UserError, environment, read_json, run_script, table, write_atomic  # noqa: E402
@@ -229,12 +229,12 @@ def in_a_process(function, *given) -> tuple[float, int]:
 def _timed(function, given, threads: int) -> tuple[float, int]:
     torch.set_num_threads(threads)
     torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))
-    before, times = _resident_peak(), []
+    before, times = resident_peak(), []
     for _ in range(2):
         start = time.perf_counter()
         function(*given)
         times.append(time.perf_counter() - start)
-    return min(times), _resident_peak() - before
+    return min(times), resident_peak() - before
 
 
 def measure_importance() -> dict:

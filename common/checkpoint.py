@@ -204,12 +204,42 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     os.replace(beside, path)
 
 
+def keep_best_(directory: Path, best: list[list[float]], n: int, score: float, step: int, model) -> None:
+    """Add (score, step) to `best` where it is among the n lowest, and keep the model's weights as step-<step>.safetensors; what
+    is not among them any more is removed."""
+    best.append([score, step])
+    best.sort()
+    for _, out in best[n:]:
+        drop(directory / f"step-{out:06d}.safetensors")
+    del best[n:]
+    if [score, step] in best:
+        save_tensors(directory / f"step-{step:06d}.safetensors", model.state_dict())
+
+
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """UserError where the file is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not readable ({str(error).splitlines()[0]}). Use --resume never to start anew") from None
+
+
+def save_own(directory: Path, model: torch.nn.Module, shape: dict[str, Any], tokenizer) -> None:
+    """A model of a script's own class: model.safetensors, config.json (the class, its arguments), the tokenizer's files."""
+    save_tensors(directory / "model.safetensors", model.state_dict())
+    tokenizer.save_pretrained(directory)
+    config = {"class": type(model).__name__, "shape": shape}
+    write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def load_own(directory: Path, kind: type[torch.nn.Module]) -> torch.nn.Module:
+    """What `save_own` wrote, as the class `kind`, ready to be looked at. UserError where it is of another one."""
+    config = read_json(directory / "config.json")
+    if config.get("class") != kind.__name__:
+        raise UserError(f"{directory}: holds no {kind.__name__}, but {config.get('class') or config.get('architectures')}")
+    model = kind(**config["shape"])
+    model.load_state_dict(load_tensors(directory / "model.safetensors"))
+    return model.eval()
 
 
 def digest(directory: Path) -> str:

@@ -329,11 +329,11 @@ def _peak_memory(model_dir: str, batch_size: int, length: int, device_name: str,
     device = torch.device(device_name)
     batch = _timing_batch(batch_size, length, device)
     torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # the math library's own buffers
-    before = _resident_peak()
+    before = resident_peak()
     model = load_classifier(Path(model_dir)).to(device).eval()
     with torch.inference_mode():
         model(**batch)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak() - before
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak() - before
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
@@ -343,7 +343,12 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     resident = psutil.Process().memory_info().rss
-    return resident, max(resident, _resident_peak())
+    return resident, max(resident, resident_peak())
+
+
+def peak_of(device: str) -> int:
+    """The most bytes that this process has held so far: of a GPU's memory, or of the machine's."""
+    return memory_in_use(torch.device(device))[1]
 
 
 def reset_peak(device: torch.device) -> None:
@@ -356,7 +361,8 @@ def reset_peak(device: torch.device) -> None:
             counters.write_text("5")
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """The most bytes that this process has held in memory so far."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent's pages in a child process
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -29,6 +31,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "16-mixed" and device.type != "cuda":
         raise UserError(f"--precision 16-mixed: needs CUDA, the device is {device.type}. Use --precision auto")
     return precision
+
+
+def nearest_precision(precision: str, device: torch.device) -> str:
+    """What a device can do that is nearest to it: fp16 is for CUDA, elsewhere it is as `auto`."""
+    return resolve_precision("auto" if precision == "16-mixed" and device.type != "cuda" else precision, device)
 
 
 @contextmanager
@@ -68,6 +75,13 @@ def choose_attention_(model) -> torch.device:
     """
     model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
     return model.device
+
+
+def check_compiler(device: torch.device, flag: str) -> None:
+    """UserError where torch.compile cannot work: on a CPU without a C++ compiler."""
+    compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError(f"{flag}: on a CPU it needs a C++ compiler, and there is none. Install g++, or leave it out")
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
@@ -116,6 +130,18 @@ def mean_loss(losses: list[torch.Tensor], model, step: int) -> float:
         raise UserError(f"{what} is not finite any more before step {step + 1:,}. The last checkpoint is intact; start anew "
                         "with a lower --learning_rate or --precision 32")  # fmt: skip
     return mean
+
+
+def check_finite(losses: torch.Tensor, scaler: torch.amp.GradScaler, step: int) -> None:
+    """UserError where a loss is not finite; under loss scaling, where no scale is small enough for fp16. It overflows now and
+    then: the scaler skips such steps and halves its factor."""
+    if scaler.is_enabled():
+        trouble = "fp16 overflows in every step, however small the loss is scaled," if scaler.get_scale() < 1 else ""
+    else:
+        trouble = "" if losses.isfinite().all() else "the loss or a weight is not finite any more"
+    if trouble:
+        raise UserError(f"{trouble} at step {step:,}. The last checkpoint is intact; start anew with a lower --learning_rate "
+                        "or --precision bf16-mixed or 32")  # fmt: skip
 
 
 class EarlyStopping:

@@ -356,3 +356,34 @@ def test_is_classifier_of(architecture, id2label, names, expected):
     settings = {"id2label": id2label} if id2label else {}
     config = transformers.BertConfig(architectures=[architecture] if architecture else None, **settings)
     assert is_classifier_of(config, names) is expected
+
+
+# ------------------------------------------------------------------------------------------------- models of other kinds
+
+
+class Small(torch.nn.Module):
+    def __init__(self, n, bias=True):
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(n, 1, bias=bias), torch.nn.Dropout(0.5)
+
+
+def test_the_best_weights_are_kept_and_the_others_go(tmp_path):
+    best, model = [], Small(1, bias=False)
+    for step, score in enumerate([5.0, 3.0, 4.0, 9.0, 3.5, 1.0], 1):
+        torch.nn.init.constant_(model.linear.weight, step)
+        checkpoint.keep_best_(tmp_path, best, 2, score, step, model)
+    assert best == [[1.0, 6], [3.0, 2]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002.safetensors", "step-000006.safetensors"]
+    assert checkpoint.load_tensors(tmp_path / "step-000002.safetensors")["linear.weight"].item() == 2
+
+
+def test_a_model_of_a_class_of_its_own(tmp_path):
+    model = Small(3)
+    checkpoint.save_own(tmp_path, model, {"n": 3}, Tokenizer())
+    again = checkpoint.load_own(tmp_path, Small)
+    assert torch.equal(again.linear.weight, model.linear.weight) and not again.training
+    with pytest.raises(UserError, match="holds no Linear, but Small"):
+        checkpoint.load_own(tmp_path, torch.nn.Linear)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="not readable"):
+        checkpoint.load_own(tmp_path, Small)

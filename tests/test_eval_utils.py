@@ -458,3 +458,9 @@ def test_layers_left_shows_kv_heads_where_there_are_such():
     assert eval_utils.layers_left(before, after) == [["layer", "heads", "neurons"], [0, "3/4", "7/48"], [1, "4/4", "48/48"]]
     grouped = [{"heads": 4, "kv_heads": 2, "neurons": 48}], [{"heads": 2, "kv_heads": 1, "neurons": 40}]
     assert eval_utils.layers_left(*grouped) == [["layer", "heads", "kv_heads", "neurons"], [0, "2/4", "1/2", "40/48"]]
+
+
+def test_the_peak_of_this_process_grows():
+    before = eval_utils.peak_of("cpu")
+    block = np.ones(before // 8 + 2**24)  # more than was ever held
+    assert eval_utils.peak_of("cpu") == eval_utils.resident_peak() >= block.nbytes > before > 2**20

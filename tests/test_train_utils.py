@@ -180,3 +180,36 @@ def test_training_memory_by_hand():
     kept = 3 * (14 * 32 + 4 * 48 + 2 * 4 * 10)
     assert train_utils.training_memory(model, 8, 10, "32") == states + 8 * 10 * kept * 4
     assert train_utils.training_memory(model.to("meta"), 8, 10, "bf16-mixed") == states + 8 * 10 * kept * 2
+
+
+def test_the_nearest_precision(monkeypatch):
+    monkeypatch.setattr(train_utils, "cpu_has_bf16", lambda: True)
+    found = [train_utils.nearest_precision(asked, CPU) for asked in train_utils.PRECISIONS]
+    assert dict(zip(train_utils.PRECISIONS, found, strict=True)) == {"auto": "bf16-mixed", "32": "32", "16-mixed": "bf16-mixed",
+                                                                     "bf16-mixed": "bf16-mixed"}  # fmt: skip
+    monkeypatch.setattr(train_utils, "cpu_has_bf16", lambda: False)
+    assert train_utils.nearest_precision("16-mixed", CPU) == "32"
+    assert train_utils.nearest_precision("16-mixed", torch.device("cuda")) == "16-mixed"
+
+
+def test_check_finite_with_and_without_loss_scaling():
+    fine, spoilt = torch.ones(2), torch.tensor([1.0, torch.inf])
+    off, on = torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=1.0)
+    train_utils.check_finite(fine, off, 5)
+    train_utils.check_finite(spoilt, on, 5)  # the scaler's business
+    with pytest.raises(UserError, match=r"is not finite any more at step 1,005\. The last checkpoint is intact"):
+        train_utils.check_finite(spoilt, off, 1005)
+    with pytest.raises(UserError, match=r"fp16 overflows in every step, however small the loss is scaled, at step 5\."):
+        train_utils.check_finite(fine, torch.amp.GradScaler("cpu", init_scale=0.5), 5)
+
+
+def test_a_compiler_is_looked_for_where_one_is_needed(monkeypatch):
+    monkeypatch.setenv("CXX", "my_compiler")
+    cases = [(["my_compiler"], "cpu", True), (["clang++"], "cpu", True), ([], "cuda", True), ([], "cpu", False)]
+    for found, device, fits in cases:
+        monkeypatch.setattr(train_utils.shutil, "which", lambda name, found=found: name if name in found else None)
+        if fits:
+            train_utils.check_compiler(torch.device(device), "--compile")
+        else:
+            with pytest.raises(UserError, match=r"--compile: on a CPU it needs a C\+\+ compiler"):
+                train_utils.check_compiler(torch.device(device), "--compile")
