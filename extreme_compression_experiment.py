@@ -19,37 +19,22 @@ history.csv. Killed? The same command goes on. The manual: docs/extreme_compress
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from common import (
-    assets,
-    checkpoint,
-    data,
-    eval_utils,
-    finetuning,
-    following,
-    generation,
-    modeling_bitmask,
-    one_shot,
-    runs,
-    sparse_trainer,
-    text,
-    train_utils,
-)
+from common import assets, checkpoint, data, eval_utils, finetuning, following, generation, one_shot, runs, sparse_trainer, text
 from common.checkpoint import load_causal_lm
 from common.gradual import Cubic, GradualTrainer
 from common.optimizers import TORCHAO, WHOLE_ONLY, for_trainer
 from common.runs import Run, UserError, table
 from common.sharding import shard_
+from common.streaming import StreamedLM, measured_sparsity
+from common.train_utils import PRECISIONS
 
 PRESETS = [
     # flag, full, fast, meaning, limits
@@ -85,10 +70,15 @@ PRESETS = [
 SHARED = ("model", "source", "local_dir", "data_dir", "out_dir", "run_name", "resume", "save_every", "seed", "device",
           "compile", "dry_run")  # fmt: skip
 NO_RESULT = (*runs.NO_RESULT, "dataset", "eval_text", "token_length", "stride", "with_tracking", "generation_metrics", "format",
-             "gradient_accumulation_steps", "gradient_checkpointing", "compile", "device", "fast")  # fmt: skip
+             "gradient_accumulation_steps", "gradient_checkpointing", "compile", "device", "fast", "dense_model")  # fmt: skip
+#  what changes nothing with these settings, and so is no part of the configuration
+IDLE = {lambda args: not args.distill: ("distill_weight", "hidden_weight", "temperature"),
+        lambda args: args.schedule == "one_shot": ("initial_density", "schedule_share", "prune_every"),
+        lambda args: args.sparsity_type != "block": ("pattern_block",),
+        lambda args: args.prune_method == "none": ("allocation", "allocation_limit", "nsamples")}  # fmt: skip
 
 
-def prune(args, base: assets.Asset, density: float) -> Path:
+def prune(args, base: assets.Asset, source: assets.Asset, density: float) -> Path:
     """`base` pruned by main_block.py to a density; done once. Its directory."""
     flags = {"model": base.path, "prune_method": args.prune_method, "sparsity_ratio": f"{1 - density:.6g}",
              "sparsity_type": args.sparsity_type, "block_size": args.pattern_block, "allocation": args.allocation,
@@ -96,20 +86,16 @@ def prune(args, base: assets.Asset, density: float) -> Path:
              "seed": args.seed, "source": args.source, "data_dir": args.data_dir, "out_dir": args.out_dir,
              "device": args.device}  # fmt: skip
     flags |= {"local_dir": args.local_dir} if args.local_dir else {}
-    name = "extreme-" + runs.fingerprint([flags | {"out_dir": "", "data_dir": "", "device": ""}, base.record["sha256"]])
-    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    command = ["main_block.py", *words, "--run_name", name]
-    made = args.out_dir / "one_shot" / name
+    of_content = flags | {"model": base.record["sha256"], "calibration": source.record["sha256"], "out_dir": "", "data_dir": ""}
+    made = args.out_dir / "one_shot" / f"extreme-{runs.fingerprint(of_content)}"
     if not ((made / "run.json").exists() and runs.read_json(made / "run.json").get("status") == "finished"):
-        print(f"\n$ python {shlex.join(command)}", flush=True)
-        if code := subprocess.run([sys.executable, runs.REPOSITORY / command[0], *command[1:]], check=False).returncode:
-            if code in (130, -2):
-                raise runs.Interrupted("The same command goes on with the pruning")
+        words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+        if code := finetuning.run_main_block([*words, "--run_name", made.name]):
             raise UserError(f"main_block.py ended with exit status {code}: there is no pruned model to train")
     return Path(runs.read_json(made / "run.json")["model_dir"])
 
 
-def train(args, base: Path, start: Path, windows, run: Run, processes: PartialState, forward: int, measure):
+def train(args, dense: Path, start: Path, windows, run: Run, processes: PartialState, forward: int, measure):
     """The trainer's state at the end and, on the first process, the trained weights; None where it was stopped before."""
     is_main, per_epoch = processes.is_main_process, len(windows["train"]) // args.batch_size
     total = per_epoch * args.num_epochs
@@ -120,7 +106,7 @@ def train(args, base: Path, start: Path, windows, run: Run, processes: PartialSt
     masks, sparsity = sparse_trainer.masks_of(model), sparse_trainer.check_sparsity(model)
     if args.fsdp:
         shard_(model, args.device, finetuning.HALVES.get(args.precision))
-    teacher = load_causal_lm(base).to(processes.device).requires_grad_(False).eval() if args.distill else None
+    teacher = load_causal_lm(dense).to(processes.device).requires_grad_(False).eval() if args.distill else None
     arguments = finetuning.arguments(
         run, args.seed, args.device, args.precision, max_steps=total, per_device_train_batch_size=forward,
         per_device_eval_batch_size=forward, gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -146,6 +132,9 @@ def train(args, base: Path, start: Path, windows, run: Run, processes: PartialSt
         finetuning.quiet_(trainer)
         resumed = sparse_trainer.last_checkpoint(run.checkpoint_dir, drop=shutil.rmtree if is_main else None)
         processes.wait_for_everyone()
+        if resumed and (resumed / sparse_trainer.SHARDS).is_dir() != args.fsdp:
+            raise UserError(f"{resumed}: was saved by {'one process' if args.fsdp else 'several processes'}, and so it has to "
+                            "go on; or start anew with --resume never")  # fmt: skip
         if is_main:
             print(f"\ntraining     {total:,} steps{f', resumed from {resumed}' if resumed else ''}", flush=True)
         with following.memory_told(follow, forward, args.block_size, args.gradient_accumulation_steps):
@@ -154,27 +143,16 @@ def train(args, base: Path, start: Path, windows, run: Run, processes: PartialSt
         return trainer.state, None if stopped else trainer.full_state()
 
 
-def write_sparse(run: Run, names: list[str]) -> None:
-    """The model again in the bitmask format, rebuilt and compared bit for bit."""
-    sizes, target = checkpoint.save_bitmask(run.model_dir, run.dir / "sparse", names), run.dir / "sparse"
-    rebuilt = modeling_bitmask.state_of(target, AutoConfig.from_pretrained(target))
-    for path in run.model_dir.glob("*.safetensors"):
-        for name, tensor in checkpoint.load_tensors(path).items():
-            if not torch.equal(rebuilt[name].view(torch.uint8), tensor.view(torch.uint8)):
-                raise RuntimeError(f"{target}: {name} is not what it was")
-    run.record["sparse"] = sizes | {"dir": target, "ratio": sizes["sparse_bytes"] / sizes["dense_bytes"]}
-    run.save()
-
-
 def parse_args(argv):
     parser = runs.Parser(__doc__, PRESETS, shared=SHARED)
     parser.add_argument("--sparsity", "--density", dest="density", type=float, default=0.1,
                         help="share of the blocks' weights that is KEPT, as in the guide [0.1]")  # fmt: skip
+    parser.add_argument("--dense_model", type=Path, help="of --prune_method none: teacher and first row [by the record]")
     parser.add_argument("--dataset", default="auto", help="wikitext2, news, c4, a path, or auto: what is prepared [auto]")
     parser.add_argument("--eval_text", default="auto", help="text that perplexity is followed on; also a path [auto]")
     parser.add_argument("--token_length", type=int, default=0, help="of its windows; 0: the model's, at most 2048 [0]")
     parser.add_argument("--stride", type=int, default=0, help="of its windows; 0: --token_length [0]")
-    parser.add_argument("--precision", default="auto", choices=(*train_utils.PRECISIONS, "bf16"), help="bf16: all of it [auto]")
+    parser.add_argument("--precision", default="auto", choices=(*PRECISIONS, "bf16"), help="bf16: all of it [auto]")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forwards that make a batch [1]")
     parser.add_argument("--format", default="dense", choices=("dense", "sparse"),
                         help="sparse: also as a bit a weight and the values [dense]")  # fmt: skip
@@ -183,8 +161,8 @@ def parse_args(argv):
     parser.add_argument("--generation_metrics", type=int, default=0, metavar="N",
                         help="BLEU and ROUGE of N greedy continuations of 64 tokens [0]")  # fmt: skip
     args = parser.parse_args(argv)
-    if not 0 < args.density <= 1:
-        parser.error(f"--sparsity {args.density}: is the share of weights that is kept; expected above 0 and at most 1")
+    if not 0.001 <= args.density <= 1:
+        parser.error(f"--sparsity {args.density}: is the share of weights that is kept; expected 0.001 to 1")
     for flag, least in (("gradient_accumulation_steps", 1), ("generation_metrics", 0)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)}: expected {least} or more")
@@ -194,6 +172,8 @@ def parse_args(argv):
     if args.prune_method != "none" and pattern.sparsity and abs(1 - pattern.sparsity - args.density) > 1e-6:
         parser.error(f"--sparsity_type {pattern}: keeps {1 - pattern.sparsity:g} of the weights, and --sparsity asks for "
                      f"{args.density:g}. Give both alike")  # fmt: skip
+    if pattern.sparsity and args.allocation not in ("auto", "uniform"):
+        parser.error(f"--allocation {args.allocation}: every projection has the density of {pattern}. Use uniform")
     if args.schedule == "cubic":
         if pattern.kind != "unstructured" or args.optim not in ("adamw", "adamw_stochastic"):
             parser.error(f"--schedule cubic: prunes single weights by AdamW's moments, not {pattern} with {args.optim}. "
@@ -203,13 +183,14 @@ def parse_args(argv):
     if not (args.model in ("auto", "tiny_llama", *assets.CAUSAL_LMS) or "/" in args.model or Path(args.model).exists()):
         parser.error(f"--model {args.model}: no such directory, and no short name that is known: tiny_llama, "
                      f"{', '.join(assets.CAUSAL_LMS)}. Expected one of these, or a hub name as OWNER/NAME")  # fmt: skip
+    if args.device.startswith("cuda:"):
+        parser.error(f"--device {args.device}: name GPUs by CUDA_VISIBLE_DEVICES, and --device cuda")
     device = runs.resolve_device(args.device)
     args.device = device.type
     args.precision = finetuning.lm_precision(args.precision, device)
+    finetuning.check_tracking(args.with_tracking, f"--with_tracking {args.with_tracking}")
     for needed, flag in (("torchao", args.optim in TORCHAO and f"--optim {args.optim}"),
-                         (args.with_tracking, args.with_tracking != "none" and f"--with_tracking {args.with_tracking}"),
-                         ("sacrebleu", args.generation_metrics and "--generation_metrics"),
-                         ("rouge_score", args.generation_metrics and "--generation_metrics")):  # fmt: skip
+                         *((package, args.generation_metrics and "--generation_metrics") for package in generation.SCORERS)):
         if flag:
             runs.require(needed, flag)
     return args, device
@@ -228,10 +209,18 @@ def check(args, base: Path, outline, source, streams, tested_stream, n_processes
     if args.fsdp and args.optim in WHOLE_ONLY:
         raise UserError(f"--optim {args.optim}: cannot step on the pieces of several processes. Expected adamw or "
                         "adamw_stochastic")  # fmt: skip
-    for name, weight in sparse_trainer.prunable_weights(outline).items() if args.prune_method != "none" else ():
-        one_shot.check_shape(one_shot.parse_pattern(args.sparsity_type, args.pattern_block), tuple(weight.shape), name)
+    names = [*sparse_trainer.prunable_weights(outline)]
+    if args.prune_method != "none":
+        StreamedLM(base, torch.device("cpu"))  # all tensors are there
+        for name in names:
+            pattern = one_shot.parse_pattern(args.sparsity_type, args.pattern_block)
+            one_shot.check_shape(pattern, tuple(outline.get_parameter(name).shape), name)
+    elif args.schedule == "one_shot" and abs((found := 1 - measured_sparsity(base, names)) - args.density) > 0.005:
+        raise UserError(f"--prune_method none: {base} has density {found:.4f}, and --sparsity asks for {args.density:g}")
     for split in ("train", "validation"):
         finetuning.Windows(streams[split], args.block_size)
+    if args.generation_metrics and (short := min(len(tested_stream), longest or 128)) < 128:
+        raise UserError(f"--generation_metrics: needs 128 tokens of text and positions, here are {short}")
     length = args.token_length or min(2048, longest or 2048)
     eval_utils.check_perplexity(outline, tested_stream, length, args.stride or length, None, "tokens")
     return args.batch_size // parts, length
@@ -251,11 +240,19 @@ def main(argv=None) -> None:
         tested = text.prepare_text(args.eval_text, args.data_dir, args.source, args.local_dir)
         split = "test" if "test" in tested.record["splits"] else "validation"
         stream = text.token_stream(tested.path, split, tokenizer)
+    dense = base.path if args.prune_method != "none" else args.dense_model or finetuning.find_dense(args.out_dir, base.path)
+    if dense is None and args.distill:
+        raise UserError(f"--prune_method none: no record names the dense model of {base.path}, which teaches. Give it as "
+                        "--dense_model DIR, or add --no_distill")  # fmt: skip
+    if args.distill and dense != base.path:
+        teacher = checkpoint.outline(dense, AutoModelForCausalLM)
+        finetuning.check_teacher(outline, teacher, f"--dense_model {dense}", args.hidden_weight)
     forward, length = check(args, base.path, outline, source, streams, stream, processes.num_processes)
     windows = {split: finetuning.Windows(streams[split], args.block_size, n or None, overlap=split == "train")
                for split, n in (("train", args.base_samples), ("validation", args.max_eval_samples))}  # fmt: skip
     windows["train"].drop_rest_(args.batch_size)
-    settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in (*NO_RESULT, "fsdp")}
+    idle = [flag for is_idle, flags in IDLE.items() if is_idle(args) for flag in flags]
+    settings = {"script": Path(__file__).name} | {n: v for n, v in vars(args).items() if n not in (*NO_RESULT, "fsdp", *idle)}
     settings |= {"assets": [{key: asset.record.get(key) for key in ("name", "source", "sha256")} for asset in (base, source)]}
     how = "as it is" if args.prune_method == "none" else args.prune_method
     how = how if args.schedule == "one_shot" else f"while training (cubic), before it {how}"
@@ -263,56 +260,59 @@ def main(argv=None) -> None:
     if is_main:
         print(f"""model        {base.record["name"]} ({base.record["source"]}), {n / 1e6:,.1f} M parameters
 text         {source.record["name"]}, {len(streams["train"]):,} tokens; perplexity on {tested.record["name"]}, {split}
-pruning      {how}, to density {args.density:.2f} (sparsity {1 - args.density:.2f})
+pruning      {how}, to density {following.shown(args.density)} (sparsity {following.shown(1 - args.density)})
 training     {args.num_epochs} epochs of max_step={args.base_samples // args.batch_size} (batch_size={args.batch_size}), \
 lr={args.base_lr * args.batch_size**0.5:.3g}{", taught by the dense model" * args.distill}
 running      {args.precision}, {args.device}, {processes.num_processes} process{"es (FSDP2)" * args.fsdp}""", flush=True)
     if args.dry_run:
         return
-    finetuning.check_space(args.out_dir, 3 * (6 if args.precision == "bf16" else 12) * n)  # three checkpoints
     run = Run(args.out_dir, "extreme", settings, args.run_name, args.resume, tensorboard=args.with_tracking == "tensorboard")
+    if not run.model_dir.exists():  # three checkpoints, some of which may be there
+        there = eval_utils.directory_bytes(run.checkpoint_dir)
+        finetuning.check_space(args.out_dir, 3 * (6 if args.precision == "bf16" else 12) * n - there)
     measure = following.Perplexity(f"{tested.record['name']} {split}", stream, length, args.stride, device, args.precision)
     with run if is_main else nullcontext(), finetuning.ends_told(run):
         processes.wait_for_everyone()
         if is_main:
             print(f"run          {run.dir}{' (finished before; --resume never starts anew)' * run.finished}", flush=True)
-            prepare(args, base, outline, run, measure, tested)
+            prepare(args, base, dense or base.path, outline, run, measure, source, tested)
         processes.wait_for_everyone()
         known = runs.read_json(run.dir / "run.json")
-        start, done = Path(known["student_dir"]), "best_epoch" in known and checkpoint.is_result_of(run.model_dir, run.config)
+        start, done = Path(known["student_dir"]), "model_dir" in known and checkpoint.is_result_of(run.model_dir, run.config)
         processes.wait_for_everyone()
-        ended, weights = (None, {}) if done else train(args, base.path, start, windows, run, processes, forward, measure)
+        ended, weights = (None, {}) if done else train(args, dense, start, windows, run, processes, forward, measure)
         finetuning.part()  # the first process goes on alone
         if weights is None:
             raise runs.Interrupted(f"The same command goes on from step {ended.global_step:,} ({run.dir})")
         if weights:
-            run.record["best_epoch"] = ended.best_global_step // (len(windows["train"]) // args.batch_size)
             with run.timed("writing"):
                 if lost := finetuning.write_full(weights, start, run.model_dir, tokenizer, run):
+                    checkpoint.drop(run.model_dir)
                     raise RuntimeError(f"{run.model_dir}: {lost:,} weights that were zero are not any more")
-            run.record |= {"model_dir": run.model_dir, "dense_dir": base.path}
+            best = ended.best_global_step // (len(windows["train"]) // args.batch_size)
+            run.record |= {"best_epoch": best, "model_dir": run.model_dir, "dense_dir": dense or base.path}
             run.save()
         if is_main:
-            finish(args, run, base.path, start, tested, tokenizer, stream, outline, device)
+            finish(args, run, dense or base.path, start, tested, tokenizer, stream, outline, device)
 
 
-def prepare(args, base, outline, run: Run, measure, tested) -> None:
+def prepare(args, base, dense: Path, outline, run: Run, measure, source, tested) -> None:
     """The model that training begins with, and the perplexities before; what is done is not done again."""
-    known, asked = run.record.setdefault("perplexity", {}), [tested.record["sha256"], measure.length, measure.stride]
-    if run.record.setdefault("followed", asked) != asked:
+    known, asked = run.record.get("perplexity", {}), [tested.record["sha256"], measure.length, measure.stride]
+    if known and run.record["followed"] != asked:
         raise UserError(f"{run.dir}: is followed on another --eval_text, --token_length or --stride. To measure its model "
                         "again: python main_block.py --model DIR --eval. To start anew: --resume never")  # fmt: skip
     if "dense" not in known:
-        known["dense"] = measure.of(base.path, "Dense Evaluation (Before Pruning)", "Dense Perplexity")
+        known["dense"] = measure.of(dense, "Dense Evaluation (Before Pruning)", "Dense Perplexity")
     density = args.initial_density if args.schedule == "cubic" else args.density
     start = base.path
     if args.prune_method != "none" and density < 1:
         with run.timed("pruning"):
-            start = prune(args, base, density)
+            start = prune(args, base, source, density)
     if run.record.get("student_dir") != str(start) or "baseline" not in known:
         known["baseline"] = measure.of(start, "Baseline Evaluation (Before Training)", "Baseline Perplexity")
-    run.record |= {"student_dir": str(start)}
-    if found := following.explain(known["baseline"], known["dense"], start, base.path, density, outline.config.vocab_size):
+    run.record |= {"student_dir": str(start), "perplexity": known, "followed": asked}
+    if found := following.explain(known["baseline"], known["dense"], start, dense, density, outline.config.vocab_size):
         print(f"\n{found}", flush=True)
         run.record["warning"] = found
     run.save()
@@ -326,14 +326,13 @@ def finish(args, run: Run, base: Path, start: Path, tested, tokenizer, stream, o
             found = finetuning.perplexities(models, tested, device, args.token_length, args.stride)
         run.record["metrics"], run.record["evaluation"] = found
         run.save()
-    if args.generation_metrics and run.record["metrics"]["dense"].get("n_continuations") != args.generation_metrics:
-        for name, directory in models.items():
-            model = load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
-            found = generation.continuation_metrics(model, tokenizer, stream, args.generation_metrics)
-            run.record["metrics"][name] |= found
+    if args.generation_metrics:
+        following.score_continuations(run.record, models, tokenizer, stream, args.generation_metrics, device)
         run.save()
-    if args.format == "sparse" and not (run.dir / "sparse").exists():
-        write_sparse(run, list(sparse_trainer.prunable_weights(load_causal_lm(run.model_dir))))
+    if args.format == "sparse" and not ("sparse" in run.record and (run.dir / "sparse").exists()):
+        sizes = checkpoint.save_bitmask(run.model_dir, run.dir / "sparse", [*sparse_trainer.prunable_weights(outline)])
+        run.record["sparse"] = sizes | {"dir": run.dir / "sparse"}
+        run.save()
     checkpoint.drop(run.checkpoint_dir)
     print(f"{following.summary(run.record)}\n")
     print(table(eval_utils.comparison(run.record["metrics"])))

@@ -226,10 +226,9 @@ def parse_args(argv):
     device = runs.resolve_device(args.device)
     args.device = device.type
     args.precision = finetuning.lm_precision(args.precision, device)
-    for needed, flag in (("torchao", args.optim in TORCHAO and f"--optim {args.optim}"),
-                         (args.report_to, args.report_to != "none" and f"--report_to {args.report_to}")):  # fmt: skip
-        if flag:
-            runs.require(needed, flag)
+    finetuning.check_tracking(args.report_to, f"--report_to {args.report_to}")
+    if args.optim in TORCHAO:
+        runs.require("torchao", f"--optim {args.optim}")
     if not args.dry_run and (args.gpu_memory or args.num_processes):
         parser.error("--gpu_memory and --num_processes: plan only, together with --dry_run")
     return args, device

@@ -134,7 +134,7 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
             config.quantization_config, config.architectures = packed[1], [name]
         else:
             model.save_pretrained(beside)
-            config.architectures = [name]
+            config.architectures, config.dtype = [name], model.dtype  # of what is stored, not of what was loaded
         config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         settings = beside / "tokenizer_config.json"
@@ -162,12 +162,14 @@ def save_model(directory: Path, model, tokenizer, stage: dict[str, Any] | None =
 def save_bitmask(dense: Path, target: Path, names: list[str]) -> dict[str, int]:
     """Write a saved model again, its weights `names` as a bit a weight and what is not zero (common/modeling_bitmask.py).
 
-    Loads with `trust_remote_code=True` as the model that `dense` holds, bit for bit. Returns the bytes of these weights:
-    `dense_bytes`, `sparse_bytes`. UserError for weights that are of no 16 or 32 bits a number.
+    Loads with `trust_remote_code=True` as the model that `dense` holds, bit for bit: it is read again and compared before it
+    takes its place. Returns the bytes of these weights, `dense_bytes` and `sparse_bytes`, and their `ratio`. UserError for
+    weights that are of no 16 or 32 bits a number.
     """
     tensors, config = {}, AutoConfig.from_pretrained(dense)
     for path in sorted(Path(dense).glob("*.safetensors")):
         tensors |= load_tensors(path)
+    original = dict(tensors)
     of_names = {next(stored for stored in (name, name.partition(".")[2]) if stored in tensors): name for name in names}
     shapes, found = {}, {"dense_bytes": 0, "sparse_bytes": 0}
     for stored in of_names:
@@ -182,8 +184,7 @@ def save_bitmask(dense: Path, target: Path, names: list[str]) -> dict[str, int]:
     name = config.architectures[0]
     config.bitmask_weights, config.auto_map = shapes, {_auto_class(name): f"modeling_bitmask.Bitmask{name}"}
     beside = target.with_name(f".{target.name}.new")
-    for folder in (beside, target):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for file in Path(dense).iterdir():
         if file.is_file() and ".safetensors" not in file.name:
@@ -192,8 +193,12 @@ def save_bitmask(dense: Path, target: Path, names: list[str]) -> dict[str, int]:
         shutil.copy(module.__file__, beside)
     config.save_pretrained(beside)
     save_tensors(beside / "model.safetensors", tensors)
+    for name, rebuilt in modeling_bitmask.state_of(beside, config).items():
+        if not torch.equal(rebuilt.view(torch.uint8), original[name].view(torch.uint8)):
+            raise RuntimeError(f"{beside}: {name} is not what it was")
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(beside, target)
-    return found
+    return found | {"ratio": found["sparse_bytes"] / max(1, found["dense_bytes"])}
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -321,7 +326,7 @@ def load_model(directory: Path, auto_class, **kwargs):
             if getattr(config, "quantization_config", None):  # unpacked now and not in the first forward
                 model.hf_quantizer.compressor.decompress_model(model)
         return model
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, modeling_bitmask.Damaged) as error:
         raise UserError(f"{directory}: not loadable as {auto_class.__name__} ({str(error).splitlines()[0]}). "
                         "Expected config.json and *.safetensors of a supported model") from None  # fmt: skip
 

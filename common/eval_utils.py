@@ -352,8 +352,7 @@ def peak_of(device: str) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new peak of `memory_in_use`. Where the system keeps the resident peak of a process, and gives no way to reset
-    it (macOS, Windows), it goes on from the start of the process."""
+    """Begin a new peak of `memory_in_use`. Windows keeps that of the whole process; on macOS it is what is held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (counters := Path("/proc/self/clear_refs")).exists():

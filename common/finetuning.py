@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import shutil
-from contextlib import contextmanager
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from common import checkpoint, eval_utils
 from common.blocks import blocks_of
 from common.checkpoint import load_causal_lm
 from common.data import load_tokenizer
-from common.runs import Interrupted, Run, UserError, finished_runs
+from common.runs import REPOSITORY, Interrupted, Run, UserError, finished_runs, require, stop_requests
 from common.sparse_trainer import check_sparsity, last_checkpoint, layer_sparsity, lost_zeros, masks_of, prunable_weights
 from common.train_utils import resolve_precision
 
@@ -94,16 +99,20 @@ def write_full(state: dict[str, torch.Tensor], base: Path, target: Path, tokeniz
     """Trained weights as the model directory `target`, in the dtype of `base`, the sparse model that training began with.
 
     It is loaded again: the run's record gets its sparsity and that of each projection, before and after. Returns how many of
-    the weights that were zero in `base` or after training are not any more.
+    the weights that were zero in `base` are not after training (then nothing is written), or that were zero after training are
+    not in what is loaded again.
     """
     stored = load_causal_lm(base)
     model = load_causal_lm(base, torch.float32)
     model.load_state_dict(state)
+    model.to(stored.dtype)
     for weight in prunable_weights(model).values():
         weight.data += 0.0  # a mask makes a negative weight a negative zero, which is no zero bit for bit
-    masks, before = masks_of(stored) | masks_of(model), layer_sparsity(stored)
-    checkpoint.save_model(target, model.to(stored.dtype), tokenizer, {"asked": run.config}, base)
-    return read_back(target, before, masks, run)
+    lost, before, masks = lost_zeros(model, masks_of(stored)), layer_sparsity(stored), masks_of(model)
+    if not lost:
+        checkpoint.save_model(target, model, tokenizer, {"asked": run.config}, base)
+        lost = read_back(target, before, masks, run)
+    return lost
 
 
 def read_back(target: Path, before: dict[str, float], masks: dict, run: Run) -> int:
@@ -113,6 +122,34 @@ def read_back(target: Path, before: dict[str, float], masks: dict, run: Run) -> 
     run.record.setdefault("sparsity", {}).update({"after": check_sparsity(reloaded), "zeros_lost": lost})
     run.record["projections"] = [{"name": name, "sparsity_before": before[name], "sparsity": after[name]} for name in after]
     return lost
+
+
+def run_main_block(words: list[str]) -> int:
+    """Run main_block.py with these words to its end; its exit status. Asked to stop, it is asked too, and waited for."""
+    print(f"\n$ python main_block.py {shlex.join(words)}", flush=True)
+    with stop_requests() as requested:
+        process, asked = subprocess.Popen([sys.executable, REPOSITORY / "main_block.py", *words]), False
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+            if requested() and not asked:
+                process.send_signal(signal.SIGTERM)
+                asked = True
+        if requested():
+            raise Interrupted("The same command goes on with the pruning")
+    return process.returncode
+
+
+def check_tracking(name: str, flag: str) -> None:
+    """UserError where curves cannot go to "tensorboard" or "wandb": not installed, or no key and not offline."""
+    if name == "none":
+        return
+    require(name, flag)
+    if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        import wandb
+
+        if not wandb.api.api_key:
+            raise UserError(f"{flag}: wandb has no key here. Run: wandb login; or set WANDB_MODE=offline")
 
 
 def perplexities(directories: dict[str, Path], source, device, token_length: int, stride: int) -> tuple[dict, dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import eval_utils, streaming
+from common import eval_utils, generation, streaming
 from common.checkpoint import load_causal_lm
 from common.finetuning import Epochs
 from common.runs import Run, UserError
@@ -32,6 +32,11 @@ def change(before: float, now: float) -> str:
     return f"{'↓' if now <= before else '↑'}{abs(now / before - 1):.1%}"
 
 
+def shown(share: float) -> str:
+    """With two digits, or as many as it has, up to four that count."""
+    return max(f"{share:.2f}", f"{share:.4g}", key=len)
+
+
 class Perplexity:
     """Perplexity of models on one token stream, each time printed as a block of its own.
 
@@ -45,8 +50,14 @@ class Perplexity:
 
     def __call__(self, model, title: str, label: str, *lines: str) -> float:
         print(f"{titled(f'📊 {title}')}\n  📖 Loading {self.text} set...\n  📏 Sequence length: {len(self.stream)}")
-        found = eval_utils.evaluate_perplexity(model, self.stream, self.length, self.stride, precision=self.precision,
-                                               progress="  🧮 Computing perplexity")["perplexity"]  # fmt: skip
+        try:
+            found = eval_utils.evaluate_perplexity(model, self.stream, self.length, self.stride, precision=self.precision,
+                                                   progress="  🧮 Computing perplexity")["perplexity"]  # fmt: skip
+        except RuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise UserError(f"out of memory while perplexity is measured with windows of {self.length} tokens. Use a shorter "
+                            "--token_length (with --resume never, where a run has begun with this one)") from None  # fmt: skip
         print("\n".join([f"  ✅ {label}: {found:.2f}", *(f"  {line}" for line in lines), RULE]), flush=True)
         return found
 
@@ -153,17 +164,20 @@ def explain(baseline: float, dense: float, start: Path, base: Path, density: flo
         return ""
     of_layers = layer_sparsity(model := load_causal_lm(start))
     measured, empty = 1 - check_sparsity(model), [name for name, share in of_layers.items() if share == 1]
-    outline, files = streaming.causal_outline(base), streaming.tensor_files(base)
-    missing = [name for name, _ in outline.named_parameters() if streaming.stored_name(name, files) is None]
+    outline, missing = streaming.causal_outline(base), []
+    for directory in {base, start}:
+        files = streaming.tensor_files(directory)
+        there = dict.fromkeys(name.removesuffix(".bitmask") for name in files)
+        missing += [name for name, _ in outline.named_parameters() if streaming.stored_name(name, there) is None]
     broken = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     loaded, fits = not (missing or broken), dense < vocabulary
     emptied = f"asked {density:g}, measured {measured:.4f}; projections with no weight left: {len(empty)}. "
-    if fits:
+    if loaded and fits:
         emptied += (f"Pruning took the perplexity from {dense:.2f} to {baseline:.2f}: keep more weights (--sparsity), or prune "
                     "by another --prune_method")  # fmt: skip
     rows = [(loaded, "weights loaded", f"missing {len(missing)}, not finite {len(broken)} of {len(list(model.parameters()))} "
              f"tensors{': ' + ', '.join((missing + broken)[:3]) if missing or broken else ''}"),
-            (not fits, "density", emptied),
+            (not (loaded and fits), "density", emptied),
             (fits, "architecture", f"{outline.config.model_type}; the dense model's perplexity is {dense:.2f}, that of "
              f"guessing {vocabulary:,}{'' if fits else ': config, tokenizer and weights do not belong together'}")]  # fmt: skip
     return "\n".join([f"⚠️ a perplexity of {baseline:.2f} is absurd for this model. Possible causes, as checked:",
@@ -203,3 +217,11 @@ def summary(record: dict) -> str:
   Best (Epoch {best}, by validation): {epochs[best]["perplexity"]:.2f}
   Total Improvement: {1 - epochs[last]["perplexity"] / known["baseline"]:+.1%}
 {RULE}"""
+
+
+def score_continuations(record: dict, models: dict[str, Path], tokenizer, stream, n: int, device) -> None:
+    """Add generation.continuation_metrics of n continuations to each model's metrics in a run's record, once."""
+    for name, directory in models.items():
+        if record["metrics"][name].get("n_continuations") != n:
+            model = load_causal_lm(directory, eval_utils.scoring_dtype(device)).to(device)
+            record["metrics"][name] |= generation.continuation_metrics(model, tokenizer, stream, n)

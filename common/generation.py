@@ -16,6 +16,7 @@ from common.data import load_tokenizer, n_positions
 from common.eval_utils import directory_bytes, evaluating, in_turns, macs_per_example, perplexity_on, scoring_dtype
 from common.runs import UserError, require
 
+SCORERS = ("sacrebleu", "rouge_score")  # packages of continuation_metrics
 TOGETHER = 10**9  # parameters of a model that is timed in turns with the others; larger ones are in memory, and timed, alone
 
 
@@ -106,7 +107,7 @@ def continuation_metrics(model, tokenizer, stream, n: int, prompt: int = 64, new
 
     prompt, new: tokens that are given, and that are written. UserError where a package is missing or the text too short.
     """
-    for package in ("sacrebleu", "rouge_score"):
+    for package in SCORERS:
         require(package, "--generation_metrics")
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu

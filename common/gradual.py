@@ -77,6 +77,8 @@ class GradualTrainer(SparseTrainer):
     def prune_(self, sparsity: float) -> None:
         """Grow the masks until this share of all prunable weights is zero. All processes have to call it."""
         states = getattr(self.optimizer, "optimizer", self.optimizer).state
+        if not all(states.get(parameter) for parameter, _ in self._masked):
+            return  # fp16 has overflowed in every step so far: nothing is known of any weight
         pieces = [(sharding.local(parameter), states[parameter]) for parameter, _ in self._masked]
         scores = [weight.float().abs() * sharding.local(state["exp_avg_sq"]).float().sqrt() for weight, state in pieces]
         sizes = [parameter.numel() for parameter, _ in self._masked]

@@ -19,6 +19,11 @@ from transformers import AutoConfig
 
 from .modeling_pruned import class_of_transformers, pruned_class
 
+
+class Damaged(ValueError):
+    """The values of a weight are not as many as its bitmask says."""
+
+
 AS_INTEGERS = {2: torch.int16, 4: torch.int32}  # bytes of a number
 
 
@@ -32,10 +37,12 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack(bitmask: torch.Tensor, values: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The weight that `pack` was given, bit for bit."""
+    """The weight that `pack` was given, bit for bit. Damaged where the three do not go together."""
     weight = values.new_zeros(torch.Size(shape))
-    stored = (bitmask[:, None] >> torch.arange(8, device=bitmask.device)) & 1
-    weight.view(-1)[stored.flatten()[: weight.numel()].bool()] = values
+    stored = ((bitmask[:, None] >> torch.arange(8, device=bitmask.device)) & 1).flatten()[: weight.numel()].bool()
+    if len(stored) != weight.numel() or int(stored.sum()) != len(values):
+        raise Damaged(f"{len(values)} values, {int(stored.sum())} in a bitmask of {len(stored)} weights, expected {shape}")
+    weight.view(-1)[stored] = values
     return weight
 
 

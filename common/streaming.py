@@ -356,10 +356,17 @@ def _portions(path: Path, names: list[str]) -> list[list[str]]:
 
 
 def measured_sparsity(directory: Path, names: list[str]) -> float:
-    """Fraction of zeros among the named tensors of a model directory, read one at a time."""
+    """Fraction of zeros among the named tensors of a model directory, read one at a time. Of a bitmask (common/
+    modeling_bitmask.py) it is the fraction of bits that are not set.
+    """
     files, zeros, total = tensor_files(directory), 0, 0
     for name in names:
         stored = stored_name(name, files)
+        if stored is None and (bits := stored_name(f"{name}.bitmask", files)):
+            with opened(files[bits]) as file:
+                n, kept = (file.get_slice(part).get_shape()[0] for part in (bits, bits.removesuffix("bitmask") + "values"))
+            zeros, total = zeros + 8 * n - kept, total + 8 * n
+            continue
         with opened(files[stored]) as file:
             tensor = file.get_tensor(stored)
             zeros, total = zeros + int((tensor == 0).sum()), total + tensor.numel()

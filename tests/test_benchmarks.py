@@ -300,10 +300,10 @@ def test_the_tables_of_extreme_judge_by_the_excess():
 
     text, lines = lines_of([160.0, 160.0], 163.0)
     assert lines["0.1", "kfac"] == ["1", "160.00", "0.693", "0.50", "0.5", "yes"]
-    assert lines["ours", "0.1"] == ["2", "250", "200.00 ± 0.00", "160.00 ± 0.00", "0.693", "0.50", "0.6", "yes", "1.0"]
+    assert lines["ours", "0.1"] == ["2", "250", "200.00 ± 0.00", "160.00 ± 0.00", "0.50", "0.693", "0.50", "0.6", "yes", "1.0"]
     assert lines["1", "1"] == ["2000", "163.00", "+1.9%", "2%", "yes"] and "Evaluation takes 4.0%" in text
     _, lines = lines_of([160.0, 280.0], 100.0)
-    assert lines["ours", "0.1"][5:8] == ["0.70", "0.6", "no"] and lines["1", "1"][-1] == "no"
+    assert lines["ours", "0.1"][6:9] == ["0.70", "0.6", "no"] and lines["1", "1"][-1] == "no"
 
 
 def load(name):

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import extreme_compression_experiment as script
-from common import checkpoint, eval_utils, following, runs, text
+from common import assets, checkpoint, eval_utils, fetch, finetuning, following, runs, text
 from common.gradual import MASKS, GradualTrainer
-from common.runs import REPOSITORY, read_json
+from common.runs import REPOSITORY, UserError, read_json
 from common.sparse_trainer import SparseTrainer, check_sparsity, last_checkpoint
 from tests.killing import die_at
 from tests.test_finetune_dense import curve, started, tiny, zeros  # noqa: F401
@@ -187,7 +187,8 @@ def test_it_is_followed_on_one_text(base, alone, capsys):
 def test_a_full_disk_is_told_before_the_work(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert as_program([*base, "--out_dir", tmp_path / "out"]) == 2
-    assert "are free there, and what is written takes" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "are free there, and what is written takes" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "extreme").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------ killed
@@ -352,8 +353,13 @@ def test_accumulation_changes_nothing(base, alone, out):
 
 BAD = {
     "density 0": (["--sparsity", 0], "--sparsity 0.0: is the share of weights that is kept"),
+    "density of nothing": (["--sparsity", 0.0005], "expected 0.001 to 1"),
+    "pattern and allocation": (["--sparsity_type", "2:4", "--sparsity", 0.5, "--allocation", "owl"], "--allocation owl: every"),
+    "pruned before, of another density": (["--prune_method", "none", "--no_distill"], "has density 1.0000, and --sparsity"),
+    "nobody knows its dense model": (["--prune_method", "none"], "no record names the dense model"),
+    "a GPU by number": (["--device", "cuda:0"], "--device cuda:0: name GPUs by CUDA_VISIBLE_DEVICES"),
     "density 1.2": (["--density", 1.2], "--sparsity 1.2: is the share of weights that is kept"),
-    "a share as percent": (["--sparsity", 10], "expected above 0 and at most 1"),
+    "a share as percent": (["--sparsity", 10], "expected 0.001 to 1"),
     "unknown short name": (["--model", "opt-350"], "tiny_llama, opt-125m, opt-350m, opt-1.3b"),
     "no batch": (["--batch_size", 0], "--batch_size 0: expected a value from 1"),
     "a batch larger than an epoch": (["--base_samples", 2], "--base_samples 2: is less than one --batch_size 4"),
@@ -371,7 +377,6 @@ BAD = {
     "cubic upwards": (["--schedule", "cubic", "--initial_density", 0.05], "--initial_density 0.05: is below --sparsity 0.1"),
     "text": (["--eval_text", "no/such/text"], "no/such/text"),
     "generation": (["--generation_metrics", -1], "--generation_metrics -1: expected 0 or more"),
-    "device": (["--device", "cuda:77"], "--device cuda:77"),
     "method": (["--prune_method", "all"], "--prune_method"),
     "epochs": (["--num_epochs", "many"], "--num_epochs"),
 }  # fmt: skip
@@ -396,22 +401,146 @@ def test_a_model_of_the_hub_that_cannot_be_had_names_the_way_out(base, tmp_path,
     assert printed.startswith("error: ") and "facebook/opt-350m" in printed and "tiny_llama" in printed
 
 
-def test_what_the_pruning_refuses_ends_it(base, tmp_path, capfd):
-    argv = [*base, "--prune_method", "magnitude", "--allocation", "owl", "--allocation_limit", 0, "--sparsity", 0.5,
-            "--sparsity_type", "2:4"]  # fmt: skip
-    assert as_program([*argv, "--out_dir", tmp_path / "out"]) == 2
-    printed = capfd.readouterr().err
-    assert "--allocation owl: every projection has the sparsity of 2:4" in printed
-    assert "error: main_block.py ended with exit status 2" in printed
+def test_a_pruning_that_fails_ends_it(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "main_block.py").write_text("raise SystemExit(2)")
+    monkeypatch.setattr(finetuning, "REPOSITORY", tmp_path)
+    assert as_program([*base, "--out_dir", tmp_path / "out"]) == 2
+    shown = capsys.readouterr()
+    assert "$ python main_block.py --model " in shown.out
+    assert shown.err.splitlines()[-1] == "error: main_block.py ended with exit status 2: there is no pruned model to train"
 
 
-def test_it_starts_from_what_was_pruned_before(base, alone, tmp_path):
-    """And takes the dense model's place: --prune_method none."""
-    argv = [*base, "--prune_method", "none", "--model", alone[1]["student_dir"], "--num_epochs", 1]
-    _, record = run(argv, tmp_path / "out")
-    assert not (tmp_path / "out" / "one_shot").exists()
-    assert record["student_dir"] == record["dense_dir"] == alone[1]["student_dir"]
-    assert record["sparsity"]["after"] == pytest.approx(0.9, abs=5e-4)
+def test_it_goes_on_from_what_was_pruned_before(base, alone, out):
+    """--prune_method none: the dense model that taught before, as the record of the pruning names it, teaches again."""
+    argv = [*base, "--prune_method", "none", "--model", alone[1]["student_dir"], "--num_epochs", 1, "--distill_weight", 1]
+    _, record = run(argv, out)
+    assert record["student_dir"] == alone[1]["student_dir"] and record["dense_dir"] == alone[1]["dense_dir"]
+    assert record["perplexity"]["dense"] == alone[1]["perplexity"]["dense"] != record["perplexity"]["baseline"]
+    assert record["sparsity"]["after"] == pytest.approx(0.9, abs=5e-4) and record["epochs"]["1"]["mean_loss"] > 0.1
+    start, ended = (load_file(f"{folder}/model.safetensors") for folder in (record["student_dir"], record["model_dir"]))
+    assert any(not torch.equal(start[name], ended[name]) for name in start)
+
+
+def test_the_sparse_format_is_a_model_to_go_on_from(base, alone, out):
+    argv = [*base, "--prune_method", "none", "--model", alone[0] / "sparse", "--num_epochs", 1]
+    _, record = run([*argv, "--dense_model", alone[1]["dense_dir"]], out)
+    assert record["perplexity"]["baseline"] == pytest.approx(alone[1]["metrics"]["trained"]["perplexity"], rel=1e-5)
+    assert record["sparsity"]["zeros_lost"] == 0
+
+
+def test_half_precision_stays_half(tiny, base, tmp_path):  # noqa: F811
+    """The directory is in the dtype that the dense model is stored in, and says so."""
+    dense = AutoModelForCausalLM.from_pretrained(tiny / "dense").to(torch.bfloat16)
+    dense.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny / "dense").save_pretrained(tmp_path / "half")
+    argv = [*base, "--model", tmp_path / "half", "--num_epochs", 1, "--prune_method", "magnitude", "--format", "sparse"]
+    folder, _ = run(argv, tmp_path / "out")
+    assert {value.dtype for value in load_file(folder / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    for name in ("model", "sparse"):
+        assert AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=name == "sparse").dtype == torch.bfloat16
+    tensors = [value for name, value in load_file(folder / "model" / "model.safetensors").items() if "_proj" in name]
+    assert all(bool((value.view(torch.int16)[value == 0] == 0).all()) for value in tensors)  # no negative zero
+
+
+def test_zeros_that_training_loses_are_seen(base, alone, out, monkeypatch, capsys):
+    """And what was refused is not taken for done by the next start."""
+    state_of = SparseTrainer.full_state
+
+    def broken(trainer):
+        state = state_of(trainer)
+        name = "model.layers.0.mlp.up_proj.weight"
+        row = state[name][0]
+        row[row == 0] = 1.0
+        return state
+
+    monkeypatch.setattr(SparseTrainer, "full_state", broken)
+    argv = [*base, "--num_epochs", 1]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="weights that were zero are not any more"):
+            run(argv, out)
+        assert not (only_run(out) / "model").exists()
+    monkeypatch.undo()
+    _, record = run(argv, out)
+    assert record["sparsity"]["zeros_lost"] == 0 and record["status"] == "finished"
+
+
+def stopped_while_it_is_read_back():
+    die_at(finetuning, "read_back", 1)
+
+
+def killed_before_the_sparse_one_is_recorded():
+    die_at(checkpoint, "save_bitmask", 1, after=True)
+
+
+@pytest.mark.parametrize("moment", [stopped_while_it_is_read_back, killed_before_the_sparse_one_is_recorded],
+                         ids=lambda moment: moment.__name__)  # fmt: skip
+def test_what_is_written_and_not_recorded_is_done_again(moment, base, alone, out, started):  # noqa: F811
+    argv = [*base, "--format", "sparse"]
+    ended, shown = started(1, argv, out, moment, "extreme_compression_experiment")
+    assert ended == [-signal.SIGKILL], shown
+    folder, record = run(argv, out)
+    assert weights(folder) == weights(alone[0]) and record["sparse"]["ratio"] == alone[1]["sparse"]["ratio"]
+    assert record["sparsity"] == alone[1]["sparsity"] and record["best_epoch"] == alone[1]["best_epoch"]
+
+
+def test_what_changes_nothing_is_no_other_run(base, tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(script, "Run", lambda *given, **more: names.append(given[2]) or sys.exit(9))
+    for more in ([], ["--schedule_share", 0.2, "--initial_density", 0.3, "--prune_every", 7, "--pattern_block", "4"]):
+        assert as_program([*base, *more, "--out_dir", tmp_path]) == 9
+    assert names[0] == names[1]
+    for more in ([], ["--distill_weight", 0.1, "--hidden_weight", 3, "--temperature", 2]):
+        assert as_program([*base, "--no_distill", *more, "--out_dir", tmp_path]) == 9
+    assert names[2] == names[3] != names[0]
+
+
+def test_another_calibration_text_is_another_pruning(base, tiny, alone, out, monkeypatch):  # noqa: F811
+    """The text may have changed under the same name."""
+    asked = []
+    monkeypatch.setattr(finetuning, "run_main_block", lambda words: asked.append(words) or 2)
+    args, _ = script.parse_args([*base, "--out_dir", out])
+    dense = assets.resolve_model(str(tiny / "dense"), tiny / "data")
+    source = text.prepare_text(str(tiny / "text"), tiny / "data")
+    assert str(script.prune(args, dense, source, 0.1)) == alone[1]["student_dir"] and not asked
+    changed = fetch.Asset(source.path, source.record | {"sha256": "0" * 64})
+    with pytest.raises(UserError, match="main_block"):
+        script.prune(args, dense, changed, 0.1)
+    assert len(asked) == 1
+
+
+def test_a_run_of_one_process_is_not_gone_on_with_by_two(base, alone, out, started):  # noqa: F811
+    ended, shown = started(1, [*base, "--save_every", 5], out, in_the_first_epoch, "extreme_compression_experiment")
+    assert ended == [-signal.SIGKILL], shown
+    ended, shown = started(2, [*base, "--save_every", 5], out, None, "extreme_compression_experiment")
+    assert 2 in ended and "was saved by one process, and so it has to go on" in shown[0] + shown[1], shown
+
+
+def test_out_of_memory_while_it_measures(base, out, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_utils, "evaluate_perplexity", full)
+        assert as_program([*base, "--out_dir", out]) == 2
+        assert "Use a shorter --token_length" in capsys.readouterr().err
+    _, record = run([*base, "--token_length", 64, "--num_epochs", 1], out / "again")  # nothing was followed before
+    assert record["followed"][1] == 64
+
+
+def test_sigterm_ends_the_pruning_too(base, tmp_path):
+    command = [sys.executable, REPOSITORY / "extreme_compression_experiment.py", *base, "--nsamples", 400, "--out_dir",
+               tmp_path / "out"]  # fmt: skip
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    end = time.monotonic() + 120
+    while not list((tmp_path / "out" / "one_shot").glob("*/run.json")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0][-2000:]
+        time.sleep(0.02)
+    process.terminate()
+    shown = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "The same command goes on with the pruning" in shown, shown[-2000:]
+    (record,) = (tmp_path / "out" / "one_shot").glob("*/run.json")
+    assert read_json(record)["status"] in ("interrupted", "finished")  # it has ended, and lets go of its run
 
 
 def test_continuations_are_scored(base, alone, capsys):

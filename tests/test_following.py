@@ -57,6 +57,20 @@ def test_weights_that_are_not_there_are_the_cause(tmp_path):
     assert "model.layers.1.mlp.down_proj.weight, model.norm.weight" in said
 
 
+def test_weights_that_the_pruned_model_lacks_are_the_cause(tmp_path):
+    base, start = saved(tmp_path / "base"), saved(tmp_path / "start")
+    tensors = load_file(start / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".mlp." not in name}
+    save_file(kept, start / "model.safetensors", metadata={"format": "pt"})
+    said = following.explain(9000.0, 80.0, start, base, 0.1, 8192)
+    assert f"❌ weights loaded: missing {len(tensors) - len(kept)}, " in said and "✅ density" in said
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.1, "0.10"), (0.05, "0.05"), (0.004, "0.004"), (0.996, "0.996"), (1.0, "1.00")])
+def test_shares(share, text):
+    assert following.shown(share) == text
+
+
 def test_a_dense_model_that_only_guesses_is_the_cause(tmp_path):
     base = saved(tmp_path / "base")
     said = following.explain(9000.0, 8500.0, base, base, 0.1, 8192)

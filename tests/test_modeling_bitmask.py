@@ -15,6 +15,7 @@ from common.modeling_bitmask import pack, state_of, unpack
 from common.pruning import shrink_
 from common.runs import UserError
 from common.sparse_trainer import prunable_weights
+from common.streaming import measured_sparsity
 from tests.test_families import random_model
 
 
@@ -102,6 +103,25 @@ def test_uneven_layers_too(tmp_path):
     done = subprocess.run([sys.executable, "-c", LOADED, tmp_path / "sparse", tmp_path / "seen", tmp_path / "again"],
                           cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0 and done.stdout.split() == ["torch.bfloat16", "True"], done.stderr
+
+
+def test_damaged_files_are_told(tmp_path):
+    model, _ = random_model("llama")
+    names, path = saved(model, tmp_path / "dense", torch.bfloat16), tmp_path / "sparse" / "model.safetensors"
+    checkpoint.save_bitmask(tmp_path / "dense", tmp_path / "sparse", names)
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(".values"))
+    save_file(tensors | {name: tensors[name][:-1].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not loadable as LlamaForCausalLM \(\d+ values, \d+ in a bitmask"):
+        checkpoint.load_causal_lm(tmp_path / "sparse")
+
+
+def test_sparsity_of_the_files(tmp_path):
+    model, _ = random_model("llama")
+    names = saved(model, tmp_path / "dense", torch.bfloat16)
+    checkpoint.save_bitmask(tmp_path / "dense", tmp_path / "sparse", names)
+    found = [measured_sparsity(tmp_path / name, names) for name in ("dense", "sparse")]
+    assert found[0] == pytest.approx(found[1], abs=1e-9) and found[0] == pytest.approx(0.9, abs=0.02)
 
 
 def test_written_over_and_refused(tmp_path):
