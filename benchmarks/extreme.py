@@ -80,7 +80,7 @@ def train(name: str, seed: int, args) -> dict | None:
             "perplexity": metrics["trained"]["perplexity"], "sparsity": metrics["trained"]["sparsity"],
             "steps": sum(epoch["batches"] for epoch in epochs), "seconds": record["timings"]["training"],
             "evaluation_share": evaluation / (evaluation + sum(epoch["seconds"] for epoch in epochs)),
-            "threads": record["environment"]["threads"]}  # fmt: skip
+            "threads": record["environment"]["threads"], "untimed": args.untimed}  # fmt: skip
 
 
 def tables(record: dict) -> str:
@@ -122,12 +122,12 @@ def tables(record: dict) -> str:
             share = whole = None
         wanted = OF_PLAIN if name == "ours" and share is not None else None
         first = next(iter(found.values()))
-        minutes = statistics.mean(row["seconds"] for row in found.values()) / 60
+        seconds = [row["seconds"] for row in found.values() if not row.get("untimed")]
         lines.append([name, f"{density:g}", len(found), first["steps"], spread([row["pruned"] for row in found.values()]),
                       perplexities(found), "" if whole is None else f"{whole:.2f}", f"{excess(found):.3f}",
                       "" if share is None else f"{share:.2f}", "" if wanted is None else f"{wanted:g}",
                       "" if wanted is None else met(share <= wanted),
-                      f"{minutes:.1f}"])  # fmt: skip
+                      f"{statistics.mean(seconds) / 60:.1f}" if seconds else ""])  # fmt: skip
     if len(lines) > 1:
         parts.append(table(lines, markdown=True))
     sizes = {8: of("ours", 0.1)} | {size: of(f"batch {size}", 0.1) for size in (4, 2, 1)}
@@ -144,8 +144,8 @@ def tables(record: dict) -> str:
     where = record["environment"]
     threads = ", ".join(sorted({str(row["threads"]) for row in rows if "threads" in row})) or where["threads"]
     said = "Mean ± standard deviation over the seeds. Excess: log-perplexity over the dense model's."
-    if found := of("ours", 0.1):
-        share = statistics.mean(row["evaluation_share"] for row in found.values())
+    if shares := [row["evaluation_share"] for row in of("ours", 0.1).values() if not row.get("untimed")]:
+        share = statistics.mean(shares)
         said += f" Evaluation takes {share:.1%} of the time of an epoch of ours (wanted: {EVALUATION:.0%} at most, or said so)."
     parts.append(f"{said} Threads of a run: {threads}; others ran beside it where that is 1. {where['cpu']}.")
     return "\n\n".join(parts) + "\n"
@@ -156,6 +156,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--names", nargs="+", default=["at once", *TRAINED], choices=("at once", *TRAINED),
                         help="only these rows [all]")  # fmt: skip
+    parser.add_argument("--untimed", action="store_true", help="the runs were paused: their times are not to be shown")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     args = parser.parse_args(argv)
     path = RESULTS.with_suffix(".json")
