@@ -2,7 +2,7 @@
 
     python benchmarks/train_optimized.py                            all parts: hours on two cores
     python benchmarks/train_optimized.py --parts detection          one of them, beside what is there
-    python benchmarks/train_optimized.py --fast --results /tmp/x    a size at which the numbers mean nothing
+    python benchmarks/train_optimized.py --fast --results trial     a size at which the numbers mean nothing
 
 Every side is a run of the script; numbers are those of the records and histories. Runs that are finished are not repeated
 (another --out_dir measures them again). Parts:
