@@ -145,8 +145,9 @@ def train(args, dense: Path, start: Path, windows, run: Run, processes: PartialS
 
 def parse_args(argv):
     parser = runs.Parser(__doc__, PRESETS, shared=SHARED)
-    parser.add_argument("--sparsity", "--density", dest="density", type=float, default=0.1,
-                        help="share of the blocks' weights that is KEPT, as in the guide [0.1]")  # fmt: skip
+    kept = parser.add_mutually_exclusive_group()
+    for flag, meaning in (("--sparsity", "share of the blocks' weights that is KEPT [0.1]"), ("--density", "the same")):
+        kept.add_argument(flag, dest="density", type=float, default=0.1, help=meaning)
     parser.add_argument("--dense_model", type=Path, help="of --prune_method none: teacher and first row [by the record]")
     parser.add_argument("--dataset", default="auto", help="wikitext2, news, c4, a path, or auto: what is prepared [auto]")
     parser.add_argument("--eval_text", default="auto", help="text that perplexity is followed on; also a path [auto]")
@@ -154,13 +155,13 @@ def parse_args(argv):
     parser.add_argument("--stride", type=int, default=0, help="of its windows; 0: --token_length [0]")
     parser.add_argument("--precision", default="auto", choices=(*PRECISIONS, "bf16"), help="bf16: all of it [auto]")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forwards that make a batch [1]")
-    parser.add_argument("--format", default="dense", choices=("dense", "sparse"),
-                        help="sparse: also as a bit a weight and the values [dense]")  # fmt: skip
+    parser.add_argument("--format", default="dense", choices=("dense", "sparse"), help="sparse: as bits and values too [dense]")
     parser.add_argument("--with_tracking", nargs="?", const="tensorboard", default="none",
                         choices=("none", "tensorboard", "wandb"), help="curves there; alone: tensorboard [none]")  # fmt: skip
-    parser.add_argument("--generation_metrics", type=int, default=0, metavar="N",
-                        help="BLEU and ROUGE of N greedy continuations of 64 tokens [0]")  # fmt: skip
+    parser.add_argument("--generation_metrics", type=int, default=0, metavar="N", help="BLEU, ROUGE of N continuations [0]")
     args = parser.parse_args(argv)
+    if args.dense_model and args.prune_method != "none":
+        parser.error("--dense_model: is for --prune_method none; else --model is the dense one")
     if not 0.001 <= args.density <= 1:
         parser.error(f"--sparsity {args.density}: is the share of weights that is kept; expected 0.001 to 1")
     for flag, least in (("gradient_accumulation_steps", 1), ("generation_metrics", 0)):

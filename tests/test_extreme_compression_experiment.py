@@ -354,6 +354,8 @@ def test_accumulation_changes_nothing(base, alone, out):
 
 BAD = {
     "density 0": (["--sparsity", 0], "--sparsity 0.0: is the share of weights that is kept"),
+    "the same twice": (["--sparsity", 0.1, "--density", 0.2], "argument --density: not allowed with argument --sparsity"),
+    "a dense model beside one": (["--dense_model", "there"], "--dense_model: is for --prune_method none"),
     "density of nothing": (["--sparsity", 0.0005], "expected 0.001 to 1"),
     "pattern and allocation": (["--sparsity_type", "2:4", "--sparsity", 0.5, "--allocation", "owl"], "--allocation owl: every"),
     "pruned before, of another density": (["--prune_method", "none", "--no_distill"], "has density 1.0000, and --sparsity"),
