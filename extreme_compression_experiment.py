@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from common import assets, checkpoint, data, eval_utils, finetuning, following, generation, one_shot, runs, sparse_trainer, text
 from common.checkpoint import load_causal_lm
 from common.gradual import Cubic, GradualTrainer
-from common.optimizers import TORCHAO, WHOLE_ONLY, for_trainer
+from common.optimizers import OPTIMIZERS, WHOLE_ONLY, check_optimizer, for_trainer, trainers_own
 from common.runs import Run, UserError, table
 from common.sharding import shard_
 from common.streaming import StreamedLM, measured_sparsity
@@ -58,8 +58,7 @@ PRESETS = [
     ("scheduler", "cosine", "cosine", "of the learning rate", ("linear", "cosine", "constant_with_warmup")),
     ("warmup", 0.03, 0.03, "share of the steps in which the learning rate rises", (0, 1)),
     ("weight_decay", 0.0, 0.0, "of the optimizer, on matrices", (0, 10)),
-    ("optim", "adamw", "adamw", "optimizer; adamw_stochastic and adamw_8bit need torchao",
-     ("adamw", "muon", "adamw_stochastic", "adamw_8bit")),
+    ("optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights), adamw_8bit need torchao", OPTIMIZERS),
     ("freeze_embeddings", False, False, "embeddings and output head stay as they are"),
     ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
     ("distill", True, True, "learn from the dense model"),
@@ -101,8 +100,8 @@ def train(args, dense: Path, start: Path, windows, run: Run, processes: PartialS
     total = per_epoch * args.num_epochs
     model = load_causal_lm(start, finetuning.stored_dtype(args.precision, False))
     model.config.use_cache = False
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()) * args.freeze_embeddings:
-        part.requires_grad_(False)
+    if args.freeze_embeddings:
+        finetuning.freeze_embeddings_(model)
     masks, sparsity = sparse_trainer.masks_of(model), sparse_trainer.check_sparsity(model)
     if args.fsdp:
         shard_(model, args.device, finetuning.HALVES.get(args.precision))
@@ -111,7 +110,7 @@ def train(args, dense: Path, start: Path, windows, run: Run, processes: PartialS
         run, args.seed, args.device, args.precision, max_steps=total, per_device_train_batch_size=forward,
         per_device_eval_batch_size=forward, gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.base_lr * args.batch_size**0.5, weight_decay=args.weight_decay, lr_scheduler_type=args.scheduler,
-        warmup_steps=round(args.warmup * total), max_grad_norm=1.0, optim="adamw_torch_fused", torch_compile=args.compile,
+        warmup_steps=round(args.warmup * total), max_grad_norm=1.0, optim=trainers_own(args.optim), torch_compile=args.compile,
         activation_checkpointing=args.gradient_checkpointing, logging_steps=max(1, per_epoch // 10), eval_strategy="steps",
         eval_steps=per_epoch, save_strategy="steps", save_steps=per_epoch, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", greater_is_better=False,
@@ -190,10 +189,9 @@ def parse_args(argv):
     args.device = device.type
     args.precision = finetuning.lm_precision(args.precision, device)
     finetuning.check_tracking(args.with_tracking, f"--with_tracking {args.with_tracking}")
-    for needed, flag in (("torchao", args.optim in TORCHAO and f"--optim {args.optim}"),
-                         *((package, args.generation_metrics and "--generation_metrics") for package in generation.SCORERS)):
-        if flag:
-            runs.require(needed, flag)
+    check_optimizer(args.optim, "--optim")
+    for package in generation.SCORERS if args.generation_metrics else ():
+        runs.require(package, "--generation_metrics")
     return args, device
 
 

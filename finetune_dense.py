@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from common import assets, checkpoint, data, eval_utils, finetuning, lora, memory_plan, runs, sparse_trainer, text, train_utils
 from common.checkpoint import load_causal_lm
-from common.optimizers import TORCHAO, WHOLE_ONLY, for_trainer
+from common.optimizers import OPTIMIZERS, WHOLE_ONLY, check_optimizer, for_trainer, trainers_own
 from common.runs import Run, UserError, table
 from common.sharding import shard_
 from common.sparse_trainer import SparseTrainer
@@ -48,8 +48,7 @@ PRESETS = [
     ("scheduler", "cosine", "cosine", "of the learning rate", ("linear", "cosine", "constant_with_warmup")),
     ("warmup", 0.03, 0.03, "share of the steps in which the learning rate rises", (0, 1)),
     ("weight_decay", 0.0, 0.0, "of the optimizer, on matrices", (0, 10)),
-    ("optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights) and adamw_8bit need torchao",
-     ("adamw", "muon", "adamw_stochastic", "adamw_8bit", "adafactor", "sgd")),
+    ("optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights), adamw_8bit need torchao", OPTIMIZERS),
     ("freeze_embeddings", False, True, "of --method full: embeddings and output head stay as they are"),
     ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
     ("lora_r", 8, 8, "rank of the adapters", (1, 10**4)),
@@ -119,7 +118,7 @@ def training_arguments(args, run: Run, total: int, n_accumulated: int) -> finetu
         per_device_eval_batch_size=args.batch_size, gradient_accumulation_steps=n_accumulated,
         learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type=args.scheduler,
         warmup_steps=round(args.warmup * total), max_grad_norm=1.0,
-        optim=args.optim if args.optim in ("adafactor", "sgd") else "adamw_torch_fused", torch_compile=args.compile,
+        optim=trainers_own(args.optim), torch_compile=args.compile,
         activation_checkpointing=args.gradient_checkpointing, logging_steps=10, eval_strategy="steps", eval_steps=every,
         save_strategy="steps", save_steps=every, load_best_model_at_end=True, metric_for_best_model="eval_loss",
         greater_is_better=False, report_to="wandb" if args.report_to == "wandb" else "none")  # fmt: skip
@@ -130,8 +129,8 @@ def load_trained(args, base: Path):
     model = load_causal_lm(base, finetuning.stored_dtype(args.precision, args.method == "lora"))
     model.config.use_cache = False
     if args.method == "full":
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()) * args.freeze_embeddings:
-            table.requires_grad_(False)
+        if args.freeze_embeddings:
+            finetuning.freeze_embeddings_(model)
         return model, sparse_trainer.masks_of(model)
     runs.seed_everything(args.seed)  # the adapters' start is random
     return lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.merge == "sparse"), {}
@@ -227,8 +226,7 @@ def parse_args(argv):
     args.device = device.type
     args.precision = finetuning.lm_precision(args.precision, device)
     finetuning.check_tracking(args.report_to, f"--report_to {args.report_to}")
-    if args.optim in TORCHAO:
-        runs.require("torchao", f"--optim {args.optim}")
+    check_optimizer(args.optim, "--optim")
     if not args.dry_run and (args.gpu_memory or args.num_processes):
         parser.error("--gpu_memory and --num_processes: plan only, together with --dry_run")
     return args, device

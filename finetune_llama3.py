@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import assets, checkpoint, data, eval_utils, finetuning, generation, importance, runs, structured, text, train_utils
 from common.blocks import KINDS, blocks_of, group_costs, group_counts, total_cost
 from common.checkpoint import load_causal_lm
+from common.optimizers import OPTIMIZERS, check_optimizer, for_trainer, trainers_own
 from common.pruning import sparsity_of
 from common.runs import Run, UserError, table
 from common.sparse_trainer import SparseTrainer, last_checkpoint
@@ -51,6 +52,8 @@ PRESETS = [
     ("finetune_max_grad_norm", 1.0, 1.0, "gradients are clipped to this norm", (1e-6, 10**6)),
     ("finetune_weight_decay", 0.01, 0.01, "of AdamW, on matrices", (0, 10)),
     ("finetune_warmup_steps", 0, 0, "steps in which the learning rate rises", (0, 10**9)),
+    ("finetune_optim", "adamw", "adamw", "optimizer; adamw_stochastic (for bf16 weights), adamw_8bit need torchao", OPTIMIZERS),
+    ("freeze_embeddings", False, False, "of full fine-tuning: embeddings and output head stay as they are"),
     ("lora_r", 8, 8, "rank of the adapters", (1, 10**4)),
     ("lora_alpha", 16.0, 16.0, "their scale is lora_alpha / lora_r", (1e-6, 10**6)),
     ("lora_dropout", 0.05, 0.05, "before the adapters", (0, 0.9)),
@@ -145,18 +148,19 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
         print(f"configuring LoRA (r={args.lora_r}, alpha={args.lora_alpha:g}, dropout={args.lora_dropout:g})...")
         runs.seed_everything(args.seed)  # the adapters' start is random
         model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, False, args.lora_target_modules)
+    elif args.freeze_embeddings:
+        finetuning.freeze_embeddings_(model)
     trained, n = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     print(f"trainable params: {trained:,} || all params: {n:,} || trainable%: {100 * trained / n:.4f}\n\n" + describe(args))
     teacher = load_causal_lm(base).to(device).requires_grad_(False).eval() if args.distill else None
     windows = finetuning.Windows(stream, args.finetune_seq_len, args.finetune_samples)
-    size = args.finetune_batch_size * args.finetune_grad_accum
-    windows.drop_rest_(size)
-    per_epoch = len(windows) // size
+    windows.drop_rest_(args.finetune_batch_size * args.finetune_grad_accum)
+    per_epoch = total // args.finetune_epochs
     arguments = finetuning.arguments(
         run, args.seed, args.device, args.precision, max_steps=total, per_device_train_batch_size=args.finetune_batch_size,
         gradient_accumulation_steps=args.finetune_grad_accum, learning_rate=args.finetune_lr,
         weight_decay=args.finetune_weight_decay, lr_scheduler_type="linear", warmup_steps=args.finetune_warmup_steps,
-        max_grad_norm=args.finetune_max_grad_norm, optim="adamw_torch_fused",
+        max_grad_norm=args.finetune_max_grad_norm, optim=trainers_own(args.finetune_optim),
         activation_checkpointing=args.gradient_checkpointing, logging_steps=max(1, per_epoch // 10), save_strategy="no",
         report_to="none")  # fmt: skip
     with runs.stop_requests() as requested, run.timed("training"):
@@ -164,6 +168,7 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
         trainer = SparseTrainer(
             model=model, args=arguments, train_dataset=windows, masks={}, teacher=teacher, distill_weight=args.distill_weight,
             hidden_weight=args.hidden_weight, temperature=args.temperature,
+            optimizer_cls_and_kwargs=for_trainer(args.finetune_optim, args.finetune_lr, model),
             callbacks=[stop, finetuning.Epochs(run, per_epoch)])  # fmt: skip
         finetuning.quiet_(trainer)
         resumed = last_checkpoint(run.checkpoint_dir, drop=shutil.rmtree)
@@ -184,13 +189,13 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
 
 def describe(args) -> str:
     """The fine-tuning's configuration, as the guide shows it."""
-    rows = {"mode": "full fine-tuning" if args.finetune_method == "full" else "LoRA fine-tuning",
+    rows = {"mode": f"{'full' if args.finetune_method == 'full' else 'LoRA'} fine-tuning",
             "learning rate": f"{args.finetune_lr:g}", "epochs": args.finetune_epochs, "samples": args.finetune_samples,
             "batch size": args.finetune_batch_size, "gradient accumulation steps": args.finetune_grad_accum,
             "effective batch size": args.finetune_batch_size * args.finetune_grad_accum,
             "sequence length": args.finetune_seq_len, "gradient clipping": args.finetune_max_grad_norm,
-            "weight decay": args.finetune_weight_decay, "learning rate schedule": "linear",
-            "warm-up steps": args.finetune_warmup_steps, "precision": args.precision}  # fmt: skip
+            "weight decay": args.finetune_weight_decay, "learning rate schedule": "linear", "warm-up steps":
+            args.finetune_warmup_steps, "precision": args.precision, "optimizer": args.finetune_optim}  # fmt: skip
     return "fine-tuning configuration:\n" + "\n".join(f"  {name}: {value}" for name, value in rows.items())
 
 
@@ -217,6 +222,7 @@ def parse_args(argv):
     device = runs.resolve_device(args.device)
     args.device, args.scorers = device.type, importance.parse_importance(args.importance, structured.SCORERS)
     args.precision = finetuning.lm_precision(args.precision, device)
+    check_optimizer(args.finetune_optim, "--finetune_optim")
     note = ""
     if args.finetune and args.finetune_method == "lora":
         try:

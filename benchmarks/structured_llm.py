@@ -9,7 +9,8 @@ Every run is `finetune_llama3.py` on assets/tiny_llama and the news: 128 x 512 c
 split. What is compared is the excess: log-perplexity over the dense model's. Torch-Pruning takes as much from the same model by
 the same calibration tokens, in an environment of its own: neurons and, as it does under grouped-query attention, query heads;
 its rounding is coarse, so the nearest of several ratios asked counts. Training is the guide's scenario 1 (1,000 windows
-of 512 tokens, two epochs, batches of 4), as it is, and with a rate for this small model and the dense one as the teacher.
+of 512 tokens, two epochs, batches of 4), as it is, and with an optimizer and a rate for this small model, embeddings that stay
+as they are and the dense model as the teacher.
 Speeds are of a random Llama of 100 M parameters, whose products outweigh what Python takes, one sequence, fp32, in turns. The
 cost of importance is that of all groups' scores against a forward and a backward with gradients of all weights, on the same
 samples in the same precision; memory is the growth of a fresh process.
@@ -79,7 +80,8 @@ TRAINED = {
     "scenario 1": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO],
     "LoRA, taught": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO, *TAUGHT, "--finetune_method", "lora",
                      "--finetune_lr", "3e-3", "--lora_dropout", "0"],
-    "full, taught": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO, *TAUGHT, "--finetune_lr", "1e-3"],
+    "full, taught": ["--pruning_ratio", "0.25", "--prune_mlp", *SCENARIO, *TAUGHT, "--finetune_lr", "1e-3",
+                     "--finetune_optim", "muon", "--freeze_embeddings"],
 }  # fmt: skip
 WITHIN = 0.03  # of the dense model trained as long
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,

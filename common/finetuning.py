@@ -38,6 +38,12 @@ def stored_dtype(precision: str, frozen: bool) -> torch.dtype:
     return torch.float32 if precision == "32" or not (frozen or precision == "bf16") else HALVES.get(precision, torch.bfloat16)
 
 
+def freeze_embeddings_(model: torch.nn.Module) -> None:
+    """Embeddings and output head stay as they are: neither gradients nor optimizer states are made for them."""
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.requires_grad_(False)
+
+
 def lm_precision(precision: str, device: torch.device) -> str:
     """`--precision` of a language model's training, auto resolved: bf16 where a GPU has it, as states can be too large for
     fp16; "bf16" is all of it in that, weights too.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from common.runs import require
+
+OPTIMIZERS = ("adamw", "muon", "adamw_stochastic", "adamw_8bit", "adafactor", "sgd")
 TORCHAO = ("adamw_8bit", "adamw_stochastic")  # they need that package
 WHOLE_ONLY = ("adamw_8bit", "adafactor", "muon")  # they cannot step on the pieces of weights that FSDP2 has
 
@@ -54,6 +57,17 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [model.get_output_embeddings()]
     tables = {id(table.weight) for table in tables if table is not None}
     return [parameter for parameter in model.parameters() if parameter.ndim == 2 and id(parameter) not in tables]
+
+
+def check_optimizer(name: str, flag: str) -> None:
+    """UserError where it needs a package that is not installed."""
+    if name in TORCHAO:
+        require("torchao", f"{flag} {name}")
+
+
+def trainers_own(name: str) -> str:
+    """A Trainer's `optim`: the optimizer where it has it itself; `for_trainer` beats it."""
+    return name if name in ("adafactor", "sgd") else "adamw_torch_fused"
 
 
 def for_trainer(name: str, learning_rate: float, model: nn.Module) -> tuple[type, dict] | None:

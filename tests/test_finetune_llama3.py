@@ -5,6 +5,7 @@ import contextlib
 import csv
 import errno
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -217,11 +218,11 @@ def test_the_console_is_that_of_the_guide(scenario):
     ended = scenario("1")
     lines = ended.shown.splitlines()
     start = lines.index("fine-tuning configuration:")
-    assert lines[start + 1 : start + 14] == [
+    assert lines[start + 1 : start + 15] == [
         "  mode: full fine-tuning", "  learning rate: 1e-05", "  epochs: 2", "  samples: 1000", "  batch size: 1",
         "  gradient accumulation steps: 4", "  effective batch size: 4", f"  sequence length: {LENGTH}",
         "  gradient clipping: 1.0", "  weight decay: 0.01", "  learning rate schedule: linear", "  warm-up steps: 50",
-        "  precision: 32"]  # fmt: skip
+        "  precision: 32", "  optimizer: adamw"]  # fmt: skip
     assert [line for line in lines if line.startswith("epoch ")] == ["epoch 1/2 begins", "epoch 2/2 begins"]
     progress = [re.fullmatch(r"  progress: (\d+)% \| mean loss: (\d+\.\d{4}) \| LR: (\d\.\d\de[-+]\d\d)", line)
                 for line in lines if line.startswith("  progress")]  # fmt: skip
@@ -627,7 +628,8 @@ LEARNING = ["--pruning_ratio", 0.25, "--prune_mlp", "--save_model", "--finetune"
 
 @pytest.mark.parametrize("flags", [[], ["--distill"], ["--distill", "--hidden_weight", 1, "--distill_weight", 1],
                                    ["--finetune_method", "lora", "--distill", "--hidden_weight", 0.1],
-                                   ["--precision", "bf16-mixed"], ["--precision", "bf16"]],
+                                   ["--precision", "bf16-mixed"], ["--precision", "bf16"],
+                                   *(["--finetune_optim", name] for name in ("muon", "adafactor"))],
                          ids=lambda flags: " ".join(map(str, flags)) or "plain")  # fmt: skip
 def test_ways_to_train(flags, base, tmp_path):
     """And with checkpointing, with which every scenario trains."""
@@ -640,6 +642,20 @@ def test_ways_to_train(flags, base, tmp_path):
     stored = load_file(ended.model / "model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.float32}  # as the model that it came from
     assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in stored) == ("bf16" in flags)  # all of it
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_frozen_embeddings(optimizer, base, tmp_path):
+    """All but them moves, by each optimizer in its own way."""
+    flags = ["--pruning_ratio", 0, "--finetune", "--save_model", "--finetune_lr", 1e-2, "--finetune_optim", optimizer]
+    ended, others = Ended([*base, *flags, "--freeze_embeddings"], tmp_path / "a"), Ended([*base, *flags], tmp_path / "b")
+    before, frozen, moved = (load_file(folder / "model.safetensors") for folder in (Path(base[1]), ended.model, others.model))
+    assert "model.embed_tokens.weight" in before
+    for name, tensor in before.items():
+        assert torch.equal(tensor, frozen[name]) == (name == "model.embed_tokens.weight"), name
+        assert not torch.equal(tensor, moved[name]), name
+    n = sum(tensor.numel() for tensor in before.values())
+    assert f"trainable params: {n - before['model.embed_tokens.weight'].numel():,} || all params: {n:,} ||" in ended.shown
 
 
 def test_adapters_where_they_are_asked_for(base, tmp_path):
@@ -738,6 +754,8 @@ REFUSED = [
     (["--allocation", "greedy"], "invalid choice: 'greedy'"),
     (["--gqa_mode", "keys"], "invalid choice: 'keys'"),
     (["--finetune_lr", "nan"], "--finetune_lr nan"),
+    (["--finetune", "--finetune_optim", "lion"], "invalid choice: 'lion'"),
+    (["--finetune", "--finetune_optim", "adamw_8bit"], "torchao is not installed; --finetune_optim adamw_8bit needs it"),
     (["--finetune_epochs", 0], "--finetune_epochs 0"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--save_ckpt_log_name", "a/b"], "a/b: expected the name of a directory"),
@@ -792,6 +810,8 @@ def nothing_is_loaded(monkeypatch):
                          if isinstance(value, list) else "")  # fmt: skip
 def test_what_is_refused_is_refused_in_one_line(flags, message, base, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "torchao" else find_spec(name, *_))
     flags = [place(flag, tmp_path, tiny) if str(flag).isupper() else flag for flag in flags]
     before = set(tmp_path.rglob("*"))
     nothing_is_loaded(monkeypatch)
