@@ -6,8 +6,8 @@
 
 Reads records, histories and models, and changes none of them. Each model is measured in a fresh process: accuracy, F1,
 confusion matrix, calibration error (arXiv 1706.04599, eq. 3); of causal LMs perplexity, as their record says it was measured;
-size, MACs, latency. A figure that differs from the run's record is flagged. Runs that failed or were interrupted are listed as
-such; what cannot be read is skipped, and that is said.
+of text VAEs the ELBO; size, MACs, latency. A figure that differs from the run's record is flagged. Runs that failed or were
+interrupted are listed as such; what cannot be read is skipped, and that is said.
 
 Writes report/index.html (one file, no network), report/report.md and report/summary.csv. What they show, flags, metrics:
 docs/7_evaluate_and_generate_report.md.
@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import eval_utils, fetch, report, runs
-from common.remeasure import CALIBRATION_BINS, remeasure, remeasure_lm
+from common import eval_utils, fetch, report, runs, vae_eval
+from common.remeasure import CALIBRATION_BINS, remeasure, remeasure_lm, remeasure_vae
 from common.report import Cell
 from common.runs import UserError, read_json, write_atomic
 
@@ -48,6 +48,7 @@ COLUMNS = [  # key of a measurement, label, text of a value
     ("f1", "F1", lambda v: f"{v:.4f}"),
     ("calibration_error", "calibration error", lambda v: f"{v:.4f}"),
     ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
+    ("negative_elbo", "negative ELBO", lambda v: f"{v:.2f}"),
     ("n", "n", str),
     ("parameters", "parameters", lambda v: f"{v / 1e6:.2f} M"),
     ("bytes", "bytes", lambda v: f"{v / 1e6:.1f} MB"),
@@ -55,8 +56,9 @@ COLUMNS = [  # key of a measurement, label, text of a value
     ("latency_ms", "latency", lambda v: f"{v:.1f} ms"),
     ("single_latency_ms", "one example", lambda v: f"{v:.2f} ms"),
 ]
-EXACT = ("accuracy", "f1", "perplexity", "parameters", "bytes", "macs_per_example")  # what has to be as recorded
-OF_DATA = ("accuracy", "f1", "perplexity")  # of these, what part of the data would change
+EXACT = ("accuracy", "f1", "perplexity", "negative_elbo", "parameters", "bytes", "macs_per_example")  # have to be as recorded
+OF_DATA = ("accuracy", "f1", "perplexity", "negative_elbo")  # of these, what part of the data would change
+ROUNDED = ("perplexity", "negative_elbo")  # sums of many products: equal to one part in ten thousand
 
 
 # ------------------------------------------------------------------------------------------------------------ what is there
@@ -117,7 +119,10 @@ def measure_all(found: list[dict], args, skipped: list[str]) -> None:
                 raise UserError(f"{model_dir}: the record says finished, and there is no model")
             before = record.get("student_dir") or record.get("dense_dir", "none there")
             before = Path(before) if "metrics" in record and Path(before).exists() else None
-            if str(read_json(model_dir / "config.json").get("architectures")).endswith("ForCausalLM']"):
+            kind = read_json(model_dir / "config.json")
+            if kind.get("class") == "TextVAE":
+                what = (remeasure_vae, model_dir, data_of(record, args.data_dir), record["config"], settings)
+            elif str(kind.get("architectures")).endswith("ForCausalLM']"):
                 how = record.get("evaluation")
                 what = (remeasure_lm, model_dir, data_of(record, args.data_dir) if how else None, how, before, settings)
             else:
@@ -137,7 +142,7 @@ def differences(recorded: dict, measured: dict, args) -> list[str]:
     exact = [key for key in EXACT if key in recorded and key in measured]
     exact = [key for key in exact if args.validation_fraction == 1 or key not in OF_DATA]
     found = [f"{key} {measured[key]:.6g}, recorded {recorded[key]:.6g}" for key in exact
-             if abs(measured[key] - recorded[key]) > (1e-4 if key == "perplexity" else 1e-9) * max(1, abs(recorded[key]))]
+             if abs(measured[key] - recorded[key]) > (1e-4 if key in ROUNDED else 1e-9) * max(1, abs(recorded[key]))]
     if recorded.get("latency_ms") and (args.latency_batch, args.latency_length) == (32, 64):
         ratio = measured["latency_ms"] / recorded["latency_ms"]
         if max(ratio, 1 / ratio) > args.latency_tolerance:
@@ -248,9 +253,11 @@ def details(run: dict, target: Path) -> str:
         parts.append(f"<p class='bad'>{html.escape(record['error'])}</p>")
     parts += [f"<p class='bad'>{html.escape(line)}</p>" for line in run.get("differences", [])]
     if record.get("metrics"):
-        parts.append(report.html_table(eval_utils.comparison(record["metrics"]), sorts=False))
+        vae = record["metrics"].get("vae")
+        rows = vae_eval.rows(vae) if vae else eval_utils.comparison(record["metrics"])
+        parts.append(report.html_table(rows, sorts=False))
     charts = curves(run)
-    if measured:
+    if measured and "layers" in measured:
         charts += heat_map(run) + zeros_map(run) + histograms(run)
         names, confusion = measured.get("label_names", []), measured.get("confusion", [])
         rows = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion, strict=True))]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
-from common import checkpoint, data, eval_utils, runs, text
+from common import checkpoint, data, eval_utils, loading, runs, text, vae_eval
 from common.blocks import blocks_of
 
 CALIBRATION_BINS = 15
@@ -55,6 +56,19 @@ def remeasure_lm(model_dir: Path, text_dir: Path | None, how: dict | None, dense
         found = eval_utils.evaluate_perplexity(model, stream, how["token_length"], how["stride"], protocol=how["protocol"])
         measured |= {"perplexity": found["perplexity"], "n": found["n_tokens"]}
     return measured | of_weights(model_dir, model, checkpoint.load_causal_lm(dense) if dense else None)
+
+
+def remeasure_vae(model_dir: Path, text_dir: Path, config: dict, settings: dict) -> dict[str, Any]:
+    """What the report says of a text VAE, judged as its run was, whose record has `config`; runs in a process of its own."""
+    from train_optimized import TextVAE  # the model is that script's own
+
+    device = _start(settings)
+    model = checkpoint.load_own(model_dir, TextVAE).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    *_, judged = loading.splits(text_dir, tokenizer, config["max_sequence_length"], config["seed"], config["n_evaluated"])
+    judged = judged.subset(np.arange(max(1, round(len(judged) * settings["fraction"]))))
+    found = vae_eval.evaluate(model, judged, str(device), config["iw_samples"], config["seed"])
+    return {key: found[key] for key in ("negative_elbo", "n", "parameters")} | {"bytes": eval_utils.directory_bytes(model_dir)}
 
 
 def _start(settings: dict) -> torch.device:

@@ -103,7 +103,8 @@ def evaluate(model, texts: loading.Documents, device: str, n_samples: int, seed:
     reconstruction, kl, nll = (sums / n).tolist()
     found = posterior.measures(torch.cat(means), torch.cat(log_variances), generator)
     return {
-        "n": n, "tokens": tokens, "negative_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl,
+        "parameters": sum(p.numel() for p in model.parameters()), "n": n, "tokens": tokens,
+        "negative_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl,
         "importance_weighted_nll": nll, "iw_samples": n_samples, "perplexity": math.exp(sums[2] / tokens),
         "perplexity_by_elbo": math.exp((sums[0] + sums[1]) / tokens), "active_units": found["active_units"],
         "mutual_information": found["mutual_information"], "mutual_information_at_most": found["ceiling"],

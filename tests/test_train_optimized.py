@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import train_optimized as script
 from common import checkpoint, loading, posterior, runs, train_utils, vae_eval
 from common.runs import REPOSITORY, read_json
 from tests.killing import die_at
+from tests.test_8_pruning_with_finetuning import load_script
 
 WORDS = ["good", "bad", "film", "story", "the", "a", "of", "is", "and", "actor", "long", "short", "well", "not"]
 TINY = ["--device", "cpu", "--precision", "32", "--width", 16, "--n_layers", 1, "--n_heads", 2, "--latent_dim", 4,
@@ -139,6 +141,27 @@ def test_the_saved_model_is_the_best_one_and_loads(undisturbed):
     with pytest.raises(runs.UserError, match="holds no TextVAE, but Other"):
         checkpoint.load_own(folder / "model", script.TextVAE)
     (folder / "model" / "config.json").write_text(json.dumps(config))
+
+
+def test_the_report_measures_it_again(undisturbed, base, tmp_path, capsys):
+    """As its run judged it; a figure that is not the recorded one is told."""
+    folder, record = undisturbed
+    seven = load_script(REPOSITORY / "7_evaluate_and_generate_report.py", "script_7")
+    shutil.copytree(folder, tmp_path / "vae" / "changed")
+    found = record["metrics"]["vae"] | {"negative_elbo": 1.001 * record["metrics"]["vae"]["negative_elbo"]}
+    (tmp_path / "vae" / "changed" / "run.json").write_text(json.dumps(record | {"metrics": {"vae": found}}))
+    argv = ["--runs", folder, tmp_path / "vae" / "changed", "--data_dir", base[3], "--report_dir", tmp_path / "report"]
+    seven.main(argv)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("skipped", "differs"))]
+    assert len(told) == 1 and told[0].startswith("differs: vae/changed: negative_elbo "), told
+    with open(tmp_path / "report" / "summary.csv", newline="", encoding="utf-8") as file:
+        row, _ = csv.DictReader(file)
+    assert float(row["negative_elbo"]) == pytest.approx(record["metrics"]["vae"]["negative_elbo"], rel=1e-4)
+    assert int(row["n"]) == 6 and int(row["parameters"]) == record["metrics"]["vae"]["parameters"] and not row["perplexity"]
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "importance weighted nll" in page and "negative elbo over steps" in page
+    seven.main([*argv, "--fast"])
+    assert "differs" not in capsys.readouterr().out
 
 
 def test_watching_changes_nothing_and_costs_no_randomness(base, undisturbed, tmp_path):
