@@ -3,7 +3,6 @@ that are out of bounds."""
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,12 @@ from tqdm import tqdm
 from common import eval_utils, generation, streaming
 from common.checkpoint import load_causal_lm
 from common.finetuning import Epochs
-from common.runs import Run, UserError
+from common.runs import OUT_OF_MEMORY, Run, UserError
 from common.sparse_trainer import check_sparsity, last_checkpoint, layer_sparsity
 from common.train_utils import PRECISIONS
 
 RULE = "=" * 70
 ABSURD = 20  # times the dense model's perplexity
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 def titled(title: str) -> str:

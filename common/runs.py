@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).resolve().parent.parent
 HISTORY = ("step", "phase", "metric", "value")  # columns of history.csv
 REPEATED = 1.0  # seconds
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -130,7 +131,8 @@ def _underscored(word: str) -> str:
 
 
 def run_script(main) -> None:
-    """Run `main()` as a program: one line and exit status 2 for a UserError, 130 when interrupted, else a traceback."""
+    """Run `main()` as a program: one line and exit status 2 for a UserError, a full disk or memory, 130 when interrupted;
+    else a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where a code page of Windows lacks a sign, ? is shown for it
@@ -143,6 +145,11 @@ def run_script(main) -> None:
         print(f"\ninterrupted. {stop}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+            said = (str(error).splitlines() or ["out of memory"])[0]
+            print(f"error: out of memory ({said}). Use a smaller model, batch or length, or another --device; what was "
+                  "already written is intact, and the same command goes on from it", file=sys.stderr)  # fmt: skip
+            sys.exit(2)
         found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports a full disk so, by its own exception
         number = error.errno if isinstance(error, OSError) else found and int(found[1])
         if number not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):

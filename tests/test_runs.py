@@ -117,6 +117,9 @@ def test_flags_that_change_no_result_are_flags():
         (OSError(errno.EROFS, "Read-only file system"), 2, "error: output: Read-only file system."),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: out: Permission denied."),
         (RuntimeError("Error while serializing: I/O error: full (os error 28)"), 2, "error: output: No space left on device."),
+        (RuntimeError("CUDA out of memory. Tried to allocate\nmore"), 2, "error: out of memory (CUDA out of memory."),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory ([enforce fail]"),
+        (MemoryError(), 2, "error: out of memory (out of memory). Use a smaller model"),
     ],
 )
 def test_exit_status(error, code, message, capsys):
