@@ -111,7 +111,7 @@ def measure_all(found: list[dict], args, skipped: list[str]) -> None:
     """Put `measured` and `differences` into each run that has a final model."""
     settings = {"threads": torch.get_num_threads(), "device": args.device, "fraction": args.validation_fraction,
                 "batch": args.latency_batch, "length": args.latency_length, "seconds": args.latency_seconds}  # fmt: skip
-    for run in tqdm([r for r in found if r["record"]["status"] == "finished"], "measuring", leave=False):
+    for run in tqdm([r for r in found if r["record"]["status"] == "finished"], "measuring", leave=False, disable=None):
         record = run["record"]
         try:
             model_dir = Path(record.get("model_dir") or run["dir"] / "model")

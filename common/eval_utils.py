@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -121,7 +122,8 @@ def evaluate_perplexity(model, tokens, token_length: int = 2048, stride: int | N
     n_tokens = sum(len(starts) * (length - first) for starts, length, first in runs)
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
     with (evaluating(model), autocast(device, precision), OneDNNLinear(),
-          tqdm(desc=progress, total=n_windows, unit="window", disable=progress is None) as bar):  # fmt: skip
+          tqdm(desc=progress, total=n_windows, unit="window", disable=progress is None,
+               mininterval=0.1 if sys.stderr.isatty() else 10) as bar):  # fmt: skip
         for starts, length, first in runs:
             for i in range(0, len(starts), batch_size):
                 batch = starts[i : i + batch_size]
