@@ -40,7 +40,7 @@ PRESETS = [
     ("batch_size", 1, 8, "windows a device and forward", (1, 10**5)),
     ("effective_batch_size", 8, 8, "windows an optimizer step, over all devices and accumulated forwards", (1, 10**6)),
     ("block_size", 1024, 256, "tokens of a window", (2, 10**6)),
-    ("max_train_samples", 30000, 2000, "training windows at most, evenly from the text; 0: all", (0, 10**9)),
+    ("max_train_samples", 30000, 1200, "training windows at most, evenly from the text; 0: all", (0, 10**9)),
     ("max_eval_samples", 1000, 64, "validation windows at most; 0: all", (0, 10**9)),
     ("n_evaluations", 6, 4, "times that the validation windows are scored, evenly", (1, 10**4)),
     ("patience", 3, 3, "evaluations without a better loss before training stops", (1, 10**4)),
