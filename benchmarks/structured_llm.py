@@ -337,7 +337,9 @@ def main(argv=None) -> None:
         write_atomic(RESULTS.with_suffix(".md"), tables(record))
 
     if not (args.collect or args.names):
-        record |= {"speeds": measure_speeds(args.seconds), "importance": measure_importance()}
+        record |= {"speeds": measure_speeds(args.seconds)}
+        save()
+        record |= {"importance": measure_importance()}
         save()
     wanted = args.names or (*UNTRAINED, *TRAINED, *PEERS)
     rows = {(row["name"], row["ratio"], row["seed"]): row for row in record["runs"]}

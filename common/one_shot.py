@@ -124,8 +124,7 @@ def obs_scores(weight: torch.Tensor, inverse: torch.Tensor, rows: torch.Tensor |
     m = pattern.m
     inner = _blocks(inverse, Pattern("block", m, m)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)  # (in / m, m, m)
     parts = weight.view(len(weight), -1, m)  # (out, in / m, m)
-    solved = torch.linalg.solve(inner, parts.permute(1, 2, 0))  # (in / m, m, out)
-    costs = (solved * parts.permute(1, 2, 0)).sum(1).T / (2 * rows[:, None])  # (out, in / m)
+    costs = quadratic_forms(inner, parts.permute(1, 2, 0)).T / (2 * rows[:, None])  # (out, in / m)
     return costs.view(-1, pattern.n, costs.shape[1]).sum(1)
 
 
@@ -151,6 +150,21 @@ def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     return torch.cholesky_inverse(factor)
+
+
+def quadratic_forms(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """v^T A^-1 v of positive definite A, (n, w, w), and some v of each, (n, w, m): (n, m).
+
+    An A that rounding left indefinite is damped, ten times more each time. By Cholesky: torch 2.13's LU of several matrices
+    of 160 rows or more fails on CPUs ("Pivots given to lu_solve must all be greater or equal to 1").
+    """
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    damping, sizes = 1e-7, matrices.diagonal(dim1=1, dim2=2).abs().mean(1)
+    while failed.any():
+        shift = (damping * sizes * (failed > 0)).to(matrices)[:, None, None] * torch.eye(matrices.shape[1]).to(matrices)
+        factors, failed = torch.linalg.cholesky_ex(matrices + shift)
+        damping *= 10
+    return torch.linalg.solve_triangular(factors, vectors, upper=False).square().sum(1)
 
 
 def output_error(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

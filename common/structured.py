@@ -17,7 +17,7 @@ from common.blocks import KINDS, Block, group_costs, group_counts
 from common.checkpoint import load_causal_lm, load_tensors, save_tensors
 from common.curvature import forward_states, head_gradients, input_moments, output_gradients
 from common.importance import GateRecorder, Scores, l2_scores, random_scores
-from common.one_shot import FISHER_DAMPING, damped, inverse_of
+from common.one_shot import FISHER_DAMPING, damped, inverse_of, quadratic_forms
 from common.pruning import Keep, gram_matrices, refit_, select, shrink_, zero_groups_
 from common.runs import read_json, write_atomic
 from common.streaming import Activations, StreamedLM
@@ -133,10 +133,8 @@ def removal_costs(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor
         inverse = inverse_of(gram[at][:, at], 1e-7)
         fitted = root @ (weight @ (gram[:, at] @ inverse))  # (out, columns left): what they are with the others gone
         blocks = inverse.view(len(left), width, len(left), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (left, w, w)
-        inner = torch.linalg.inv(blocks)
-        parts = fitted.view(len(root), len(left), width).permute(1, 0, 2)  # (left, out, w)
-        of_left = 0.5 * ((parts @ inner) * parts).sum((1, 2))
-        of_left = of_left.clamp_min(least)
+        parts = fitted.view(len(root), len(left), width).permute(1, 2, 0)  # (left, w, out)
+        of_left = (0.5 * quadratic_forms(blocks, parts).sum(1)).clamp_min(least)
         going = of_left.argsort()[: -(-len(left) // (rounds - r))]
         costs[left[going]] = of_left[going]
         least = float(of_left[going].max())

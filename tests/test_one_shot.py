@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +113,24 @@ def test_obs_scores_of_blocks_are_what_removing_a_block_costs():
             change[left] = torch.linalg.solve(gram[left][:, left], -gram[left][:, gone] @ change[gone])
             total += float(change @ gram @ change) / 2
         assert float(scores[i, j]) == pytest.approx(total, rel=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 16, 200])  # groups of eight billion parameters' models are wider than 160
+def test_quadratic_forms(width):
+    generator = torch.Generator().manual_seed(width)
+    half = torch.randn(3, width, width + 8, generator=generator, dtype=torch.float64)
+    matrices, vectors = half @ half.mT / width, torch.randn(3, width, 5, generator=generator, dtype=torch.float64)
+    found = one_shot.quadratic_forms(matrices.float(), vectors.float())
+    for matrix, those, forms in zip(matrices.numpy(), vectors.numpy(), found.numpy(), strict=True):
+        np.testing.assert_allclose(forms, (those * np.linalg.solve(matrix, those)).sum(0), rtol=1e-2 if width > 1 else 1e-5)
+
+
+def test_quadratic_forms_of_what_rounding_left_indefinite():
+    """It alone is damped."""
+    matrices = torch.diag_embed(torch.tensor([[1.0, 2.0, -1e-9], [1.0, 2.0, 4.0]]))
+    found = one_shot.quadratic_forms(matrices, torch.eye(3).expand(2, 3, 3))
+    assert found[1].tolist() == pytest.approx([1, 0.5, 0.25], rel=1e-6)
+    assert found[0, :2].tolist() == pytest.approx([1, 0.5], rel=1e-5) and found[0, 2] > 1e5 and found.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- updates
