@@ -119,7 +119,7 @@ def tables(record: dict) -> str:
             if not found:
                 continue
             mean = statistics.mean(found.values()) / statistics.mean(dense.values()) - 1 if dense else 0.0
-            against = "" if method.startswith("dense") or not dense else f"{mean:+.1%}"
+            against = "" if method.startswith("dense") or not dense else f"{mean:+.2%}"
             allowed = WITHIN[sparsity] if method == "full" else None
             trained = list(of.get(method, {}).values())
             lines.append([f"{sparsity:g}", method, len(found), trained[0]["steps"] if trained else "",
