@@ -289,7 +289,7 @@ def tables(record: dict) -> str:
                 against = statistics.mean(values) / statistics.mean(as_long) - 1
                 minutes = [timings["training"] / 60 for timings in of(name, None, "timings")]
                 allowed = WITHIN if name in ("scenario 1", "full, taught") else None
-                lines.append([name, len(values), spread(values), "" if name.startswith("dense") else f"{against:+.1%}",
+                lines.append([name, len(values), spread(values), "" if name.startswith("dense") else f"{against:+.2%}",
                               "" if allowed is None else f"{allowed:+.0%}", "" if allowed is None else met(against <= allowed),
                               f"{statistics.mean(minutes):.1f}" if minutes else ""])  # fmt: skip
         parts.append(table(lines, markdown=True))
