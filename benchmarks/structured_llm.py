@@ -342,7 +342,6 @@ def main(argv=None) -> None:
         record |= {"importance": measure_importance()}
         save()
     wanted = args.names or (*UNTRAINED, *TRAINED, *PEERS)
-    rows = {(row["name"], row["ratio"], row["seed"]): row for row in record["runs"]}
     for seed in args.seeds if not args.speed else ():
         for name in wanted:
             if name in PEERS:
@@ -350,8 +349,9 @@ def main(argv=None) -> None:
             else:
                 flags, ratios = UNTRAINED.get(name) or (TRAINED[name], (None,))
                 found = {(name, ratio, seed): prune(name, flags, ratio, seed, args) for ratio in ratios}
-            rows |= {key: row for key, row in found.items() if row}
-            record["runs"] = list(rows.values())
+            there = read_json(path)["runs"] if path.exists() else []  # of others that run beside this one, too
+            rows = {(row["name"], row["ratio"], row["seed"]): row for row in there}
+            record["runs"] = list((rows | {key: row for key, row in found.items() if row}).values())
             save()
     print(tables(record))
 
