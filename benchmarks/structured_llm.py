@@ -315,7 +315,8 @@ def tables(record: dict) -> str:
         parts.append(table(lines, markdown=True))
     where = record["environment"]
     parts.append("Removed: of the parameters in attention and FFN. Mean ± standard deviation over seeds. Excess: "
-                 f"log-perplexity over the dense model's. {where['threads']} threads, {where['cpu']}.")  # fmt: skip
+                 f"log-perplexity over the dense model's. Minutes: of one thread, others ran beside it. Speeds: "
+                 f"{record.get('threads_of_speeds', where['threads'])} threads. {where['cpu']}.")  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -337,7 +338,7 @@ def main(argv=None) -> None:
         write_atomic(RESULTS.with_suffix(".md"), tables(record))
 
     if not (args.collect or args.names):
-        record |= {"speeds": measure_speeds(args.seconds)}
+        record |= {"speeds": measure_speeds(args.seconds), "threads_of_speeds": torch.get_num_threads()}
         save()
         record |= {"importance": measure_importance()}
         save()
