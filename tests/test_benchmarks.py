@@ -266,10 +266,10 @@ def test_the_tables_of_recovery_judge_by_the_means(monkeypatch):
                       for line in text.splitlines() if line.startswith("|")}  # fmt: skip
 
     text, lines = lines_of([100.0, 102.0])
-    assert lines["full"] == ["2", "7", "101.00 ± 1.41", "+1.0%", "+1%", "yes", "1.0"]
-    assert lines["pruned"][2:4] == ["110.00 ± 0.00", "+10.0%"] and "holds at 0.2 for 2 of 2 seeds" in text
+    assert lines["full"] == ["2", "7", "101.00 ± 1.41", "+1.00%", "+1%", "yes", "1.0"]
+    assert lines["pruned"][2:4] == ["110.00 ± 0.00", "+10.00%"] and "holds at 0.2 for 2 of 2 seeds" in text
     text, lines = lines_of([100.0, 106.0])
-    assert lines["full"][3:6] == ["+3.0%", "+1%", "no"] and "holds at 0.2 for 1 of 2 seeds" in text
+    assert lines["full"][3:6] == ["+3.00%", "+1%", "no"] and "holds at 0.2 for 1 of 2 seeds" in text
 
 
 def test_recovery_keeps_the_rows_that_are_there(tmp_path, monkeypatch):
