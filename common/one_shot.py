@@ -137,6 +137,12 @@ def damped(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return matrix + torch.where(mean > 0, damping * mean, 1.0) * torch.eye(len(matrix)).to(matrix)
 
 
+def _check_finite(moments: torch.Tensor) -> None:
+    if not moments.isfinite().all():
+        raise UserError("the model's activations or gradients on the calibration text are not finite: its weights are "
+                        "broken, or --precision overflows. Try --precision 32")  # fmt: skip
+
+
 def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """Inverse of a damped matrix of second moments; damped ten times more while its Cholesky factorisation fails.
 
@@ -144,9 +150,7 @@ def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """
     factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     while failed:
-        if not matrix.isfinite().all():
-            raise UserError("the model's activations or gradients on the calibration text are not finite: its weights are "
-                            "broken, or --precision overflows. Try --precision 32")  # fmt: skip
+        _check_finite(matrix)
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     return torch.cholesky_inverse(factor)
@@ -155,12 +159,13 @@ def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 def quadratic_forms(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """v^T A^-1 v of positive definite A, (n, w, w), and some v of each, (n, w, m): (n, m).
 
-    An A that rounding left indefinite is damped, ten times more each time. By Cholesky: torch 2.13's LU of several matrices
-    of 160 rows or more fails on CPUs ("Pivots given to lu_solve must all be greater or equal to 1").
+    An A that rounding left indefinite is damped, ten times more each time; UserError where one is not finite. By Cholesky:
+    torch 2.13's LU of several matrices of 160 rows or more fails on CPUs ("Pivots given to lu_solve must all be greater ...").
     """
     factors, failed = torch.linalg.cholesky_ex(matrices)
     damping, sizes = 1e-7, matrices.diagonal(dim1=1, dim2=2).abs().mean(1)
     while failed.any():
+        _check_finite(matrices)
         shift = (damping * sizes * (failed > 0)).to(matrices)[:, None, None] * torch.eye(matrices.shape[1]).to(matrices)
         factors, failed = torch.linalg.cholesky_ex(matrices + shift)
         damping *= 10

@@ -131,6 +131,9 @@ def test_quadratic_forms_of_what_rounding_left_indefinite():
     found = one_shot.quadratic_forms(matrices, torch.eye(3).expand(2, 3, 3))
     assert found[1].tolist() == pytest.approx([1, 0.5, 0.25], rel=1e-6)
     assert found[0, :2].tolist() == pytest.approx([1, 0.5], rel=1e-5) and found[0, 2] > 1e5 and found.isfinite().all()
+    matrices[0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="are not finite"):  # and not damped for ever
+        one_shot.quadratic_forms(matrices, torch.eye(3).expand(2, 3, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------- updates
