@@ -34,14 +34,14 @@ from common.optimizers import OPTIMIZERS, WHOLE_ONLY, check_optimizer, for_train
 from common.runs import Run, UserError, table
 from common.sharding import shard_
 from common.streaming import StreamedLM, measured_sparsity
-from common.train_utils import PRECISIONS
+from common.train_utils import PRECISIONS, check_compiler
 
 PRESETS = [
     # flag, full, fast, meaning, limits
     ("base_samples", 10000, 1000, "windows of an epoch; its steps are base_samples / batch_size", (1, 10**9)),
     ("num_epochs", 5, 2, "epochs", (1, 10**4)),
     ("batch_size", 1, 8, "windows an optimizer step, over all processes", (1, 10**5)),
-    ("base_lr", 5e-6, 2e-4, "the peak learning rate is base_lr * sqrt(batch_size)", (0, 1)),
+    ("base_lr", 5e-6, 1e-3, "the peak learning rate is base_lr * sqrt(batch_size)", (0, 1)),
     ("block_size", 512, 256, "tokens of a window", (2, 10**6)),
     ("max_eval_samples", 200, 64, "validation windows, which choose the best epoch; 0: all", (0, 10**9)),
     ("patience", 0, 0, "epochs without a better validation perplexity before training stops; 0: never", (0, 10**4)),
@@ -49,7 +49,7 @@ PRESETS = [
     ("sparsity_type", "unstructured", "unstructured", "unstructured, block, or N:M such as 1:8"),
     ("pattern_block", "16", "16", "of --sparsity_type block: 16, or rows x columns such as 32x8"),
     ("allocation", "auto", "auto", "of sparsity to projections", ("auto", "uniform", "owl", "sensitivity")),
-    ("allocation_limit", 0.08, 0.08, "no projection's sparsity is further from the model's", (0, 1)),
+    ("allocation_limit", 0.0, 0.0, "no projection's sparsity is further from the model's; 0: main_block.py's own", (0, 1)),
     ("nsamples", 128, 32, "pieces of calibration text", (1, 10**6)),
     ("schedule", "one_shot", "one_shot", "pruned at once, or while the model trains", ("one_shot", "cubic")),
     ("initial_density", 0.5, 0.5, "of cubic: what the pruning before training leaves; 1: nothing is pruned before", (1e-3, 1)),
@@ -190,6 +190,8 @@ def parse_args(argv):
     args.precision = finetuning.lm_precision(args.precision, device)
     finetuning.check_tracking(args.with_tracking, f"--with_tracking {args.with_tracking}")
     check_optimizer(args.optim, "--optim")
+    if args.compile:
+        check_compiler(device, "--compile")
     for package in generation.SCORERS if args.generation_metrics else ():
         runs.require(package, "--generation_metrics")
     return args, device

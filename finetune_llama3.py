@@ -63,9 +63,9 @@ PRESETS = [
     ("gradient_checkpointing", True, False, "compute a block's inside again in the backward, to save memory"),
     ("ppl_seqlen", 0, 0, "tokens of the windows that perplexity is measured on; 0: the model's, at most 2048", (0, 10**6)),
 ]
-SHARED = ("source", "local_dir", "data_dir", "out_dir", "resume", "save_every", "seed", "device", "dry_run")
+SHARED = ("source", "local_dir", "data_dir", "out_dir", "resume", "save_every", "seed", "device", "compile", "dry_run")
 NO_RESULT = (*runs.NO_RESULT, "base_model", "save_ckpt_log_name", "finetune_dataset", "eval_text", "device", "fast",
-             "gradient_checkpointing", "offload_activations", "ppl_seqlen", "test_after_prune")  # fmt: skip
+             "compile", "gradient_checkpointing", "offload_activations", "ppl_seqlen", "test_after_prune")  # fmt: skip
 TOKENS_A_BATCH = 4096
 
 
@@ -161,8 +161,8 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
         gradient_accumulation_steps=args.finetune_grad_accum, learning_rate=args.finetune_lr,
         weight_decay=args.finetune_weight_decay, lr_scheduler_type="linear", warmup_steps=args.finetune_warmup_steps,
         max_grad_norm=args.finetune_max_grad_norm, optim=trainers_own(args.finetune_optim),
-        activation_checkpointing=args.gradient_checkpointing, logging_steps=max(1, per_epoch // 10), save_strategy="no",
-        report_to="none")  # fmt: skip
+        torch_compile=args.compile, activation_checkpointing=args.gradient_checkpointing,
+        logging_steps=max(1, per_epoch // 10), save_strategy="no", report_to="none")  # fmt: skip
     with runs.stop_requests() as requested, run.timed("training"):
         stop = finetuning.StopTogether(requested, args.save_every)
         trainer = SparseTrainer(
@@ -177,7 +177,7 @@ def finetune(args, base: Path, start: Path, stream, tokenizer, run: Run, total: 
         if stop.stopped and trainer.state.global_step < total:
             raise runs.Interrupted(f"The same command goes on from step {trainer.state.global_step:,} of {total:,} ({run.dir})")
     print("✅ fine-tuning done!")
-    model = trainer.model
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if lora:
         print("merging LoRA weights into the model...")
         model = model.merge_and_unload()
@@ -223,6 +223,8 @@ def parse_args(argv):
     args.device, args.scorers = device.type, importance.parse_importance(args.importance, structured.SCORERS)
     args.precision = finetuning.lm_precision(args.precision, device)
     check_optimizer(args.finetune_optim, "--finetune_optim")
+    if args.compile:
+        train_utils.check_compiler(device, "--compile")
     note = ""
     if args.finetune and args.finetune_method == "lora":
         try:
@@ -294,7 +296,7 @@ def main(argv=None) -> None:
 text         {source.record["name"]}, {len(stream):,} tokens
 pruning      {what if args.pruning_ratio else "none"}
 fine-tuning  {f"{args.finetune_method}, {total:,} steps" if args.finetune else "none"}
-running      {args.precision}, {args.device}"""
+running      {args.precision}, {args.device}{", compiled" * args.compile}"""
     if args.dry_run:
         print(plan)
         return

@@ -55,7 +55,8 @@ PRESETS = [
     ("allocation", "auto", "auto", "of sparsity to projections; auto: sensitivity for kfac, else uniform",
      ("auto", "uniform", "owl", "sensitivity")),
     ("update", "auto", "auto", "of the kept weights; auto: the method's own", ("auto", "none", "obs", "refit")),
-    ("allocation_limit", 0.08, 0.08, "no projection's sparsity is further from --sparsity_ratio", (0, 1)),
+    ("allocation_limit", 0.0, 0.0, "no projection's sparsity is further from --sparsity_ratio; 0: 0.08, and for sensitivity no "
+     "more than a fifth of the density", (0, 1)),
     ("precision", "auto", "auto", "of the forwards; auto: fp16 on CUDA, bf16 on CPUs that have it, else 32",
      train_utils.PRECISIONS),
 ]
@@ -158,12 +159,12 @@ def allocate(lm, samples, args, pattern, run) -> dict[str, float]:
             curves = curvature.fisher_sweep(lm, some, args.batch_size, args.seed, folder, args.offload_activations,
                                             scored, lambda _: bar.update())  # fmt: skip
         if args.allocation == "sensitivity":
-            shares = curvature.sensitivity_allocation(curves, sizes, args.sparsity_ratio, args.allocation_limit)
+            shares = curvature.sensitivity_allocation(curves, sizes, args.sparsity_ratio, args.allocation_limit or None)
     if args.allocation == "owl":
         hidden = lm.embed(samples, args.batch_size, run.dir / "activations" if args.offload_activations else None)
         outliers = curvature.outlier_shares(lm, hidden)
         hidden.drop()
-        of_blocks = curvature.owl_allocation(outliers, args.sparsity_ratio, min(args.allocation_limit, curvature.OWL_LIMIT))
+        of_blocks = curvature.owl_allocation(outliers, args.sparsity_ratio, min(args.allocation_limit or 1.0, curvature.LIMIT))
         shares = {lm.names[p]: share for block, share in zip(lm.blocks, of_blocks, strict=True) for p in block.projections}
     runs.write_atomic(folder / "shares.json", json.dumps(shares))
     return shares

@@ -7,10 +7,11 @@
 Every run is `extreme_compression_experiment.py --fast` on assets/tiny_llama and the news; its perplexities are of the test
 split. What is compared is the excess: log-perplexity over the dense model's. All trained rows have the same windows, steps and
 learning rate. "ours" is the script's default: masks, weights and allocation by kfac, distillation from the dense model. Each
-of the rows below it has one of these switched off, or the masks grow while it trains. "magnitude, plain" is what the field
-does first: the smallest weights of every projection go, and cross-entropy trains the rest. With another batch size the data
-are the same: steps and rate follow the script's rule. The share of the time that evaluation takes is of the epochs of "ours".
-"of plain's": of the perplexity, and of the excess, of the magnitude route at the same density, same seeds.
+of the rows below it has one of these changed. "wide": the sparsities of projections lie within 0.08 of the mean, as is right
+for half of the weights, and not within a fifth of the density. The batch sizes are compared there: with each the data are the
+same, steps and rate follow the script's rule. "magnitude, plain" is what the field does first: the smallest weights of every
+projection go, and cross-entropy trains the rest. The share of the time that evaluation takes is of the epochs of "ours". "of
+plain's": of the perplexity, and of the excess, of the magnitude route at the same density, same seeds.
 
 Writes benchmarks/results/extreme.json (every run: command, metrics) and .md.
 """
@@ -27,40 +28,50 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from pruning_frontier import met  # noqa: E402
-from recovery import run, spread  # noqa: E402
+from recovery import ran_on, run, spread, where  # noqa: E402
 
 from common.runs import Parser, environment, read_json, run_script, table, write_atomic  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "extreme"
-PLAIN = ["--prune_method", "magnitude", "--no_distill"]
+PLAIN, WIDE = ["--prune_method", "magnitude", "--no_distill"], ["--allocation_limit", "0.08"]
 #  name: density, flags
 TRAINED = {
     "magnitude, plain": (0.1, PLAIN),
     "ours": (0.1, []),
-    "ours, no distillation": (0.1, ["--no_distill"]),
     "ours, uniform allocation": (0.1, ["--allocation", "uniform"]),
     "ours, magnitude's masks": (0.1, ["--prune_method", "magnitude"]),
     "ours, pruned while training": (0.1, ["--schedule", "cubic"]),
+    "ours, wide allocation": (0.1, WIDE),
+    "wide, no distillation": (0.1, [*WIDE, "--no_distill"]),
     "magnitude, plain, 0.05": (0.05, PLAIN),
     "ours, 0.05": (0.05, []),
-    "batch 1": (0.1, ["--batch_size", "1"]),
-    "batch 2": (0.1, ["--batch_size", "2"]),
-    "batch 4": (0.1, ["--batch_size", "4"]),
+    "ours, wide allocation, 0.05": (0.05, WIDE),
+    "batch 1": (0.1, [*WIDE, "--batch_size", "1"]),
+    "batch 2": (0.1, [*WIDE, "--batch_size", "2"]),
+    "batch 4": (0.1, [*WIDE, "--batch_size", "4"]),
 }
-AT_ONCE = {"kfac": {}, "sparsegpt": {"wanted": 0.5}, "magnitude": {}}  # methods of main_block.py, untrained
-OF_PLAIN, ALIKE, EVALUATION = 0.6, 0.02, 0.05  # wanted: share of the excess, difference of batch sizes, share of an epoch
+AT_ONCE = {  # untrained: flags of main_block.py
+    "kfac": ["--prune_method", "kfac"],
+    "kfac, wide allocation": ["--prune_method", "kfac", *WIDE],
+    "sparsegpt": ["--prune_method", "sparsegpt"],
+    "magnitude": ["--prune_method", "magnitude"],
+}
+OF_SPARSEGPT, OF_PLAIN = 0.5, 0.6  # wanted, of the excess
+ALIKE, EVALUATION = 0.02, 0.05  # wanted: difference of batch sizes, share of an epoch
 
 
-def prune(method: str, density: float, seed: int, args) -> dict | None:
+def prune(name: str, density: float, seed: int, args) -> dict | None:
     """One pruning without training, as a row."""
-    command = ["main_block.py", "--prune_method", method, "--sparsity_ratio", f"{1 - density:g}", "--calibration", "news",
+    command = ["main_block.py", *AT_ONCE[name], "--sparsity_ratio", f"{1 - density:g}", "--calibration", "news",
                "--eval", "--eval_text", "news", "--seed", str(seed)]  # fmt: skip
-    record = run(f"extreme-{method}-{density:g}-seed{seed}", command, "one_shot", args)
+    label = name.replace(", ", "-").replace(" ", "-")
+    record = run(f"extreme-{label}-{density:g}-seed{seed}", command, "one_shot", args)
     if record is None:
         return None
     found = {name: record["metrics"][name]["perplexity"] for name in ("dense", "pruned")}
-    return {"name": method, "density": density, "seed": seed, "command": record["shown"], "dense": found["dense"],
-            "perplexity": found["pruned"], "sparsity": record["metrics"]["pruned"]["sparsity"]}  # fmt: skip
+    return {"name": name, "density": density, "seed": seed, "command": record["shown"], "dense": found["dense"],
+            "perplexity": found["pruned"], "sparsity": record["metrics"]["pruned"]["sparsity"],
+            "ran_on": ran_on(record["environment"])}  # fmt: skip
 
 
 def train(name: str, seed: int, args) -> dict | None:
@@ -80,7 +91,7 @@ def train(name: str, seed: int, args) -> dict | None:
             "perplexity": metrics["trained"]["perplexity"], "sparsity": metrics["trained"]["sparsity"],
             "steps": sum(epoch["batches"] for epoch in epochs), "seconds": record["timings"]["training"],
             "evaluation_share": evaluation / (evaluation + sum(epoch["seconds"] for epoch in epochs)),
-            "threads": record["environment"]["threads"], "untimed": args.untimed}  # fmt: skip
+            "ran_on": ran_on(record["environment"]), "untimed": args.untimed}  # fmt: skip
 
 
 def tables(record: dict) -> str:
@@ -100,17 +111,17 @@ def tables(record: dict) -> str:
         base = of("sparsegpt", density)
         for name in AT_ONCE:
             if found := of(name, density):
-                shared = {*found} & {*base} if name == "kfac" else {}
+                shared = {*found} & {*base} if name.startswith("kfac") else {}
                 both = [{seed: rows[seed] for seed in shared} for rows in (found, base)]
                 share = excess(both[0]) / excess(both[1]) if shared else None
-                wanted = AT_ONCE["sparsegpt"]["wanted"] if share is not None and density == 0.1 else None
+                wanted = OF_SPARSEGPT if share is not None and (name, density) == ("kfac", 0.1) else None
                 lines.append([f"{density:g}", name, len(found), perplexities(found), f"{excess(found):.3f}",
                               "" if share is None else f"{share:.2f}", "" if wanted is None else f"{wanted:g}",
                               "" if wanted is None else met(share <= wanted)])  # fmt: skip
     if len(lines) > 1:
         parts.append(table(lines, markdown=True))
     lines = [["trained", "density", "seeds", "steps", "before", "perplexity", "of plain's", "excess", "of plain's", "wanted",
-              "met", "minutes"]]  # fmt: skip
+              "met"]]  # fmt: skip
     for name, (density, _) in TRAINED.items():
         found, plain = of(name, density), of("magnitude, plain" if density == 0.1 else "magnitude, plain, 0.05", density)
         if not found or name.startswith("batch"):
@@ -122,15 +133,13 @@ def tables(record: dict) -> str:
             share = whole = None
         wanted = OF_PLAIN if name == "ours" and share is not None else None
         first = next(iter(found.values()))
-        seconds = [row["seconds"] for row in found.values() if not row.get("untimed")]
         lines.append([name, f"{density:g}", len(found), first["steps"], spread([row["pruned"] for row in found.values()]),
                       perplexities(found), "" if whole is None else f"{whole:.2f}", f"{excess(found):.3f}",
                       "" if share is None else f"{share:.2f}", "" if wanted is None else f"{wanted:g}",
-                      "" if wanted is None else met(share <= wanted),
-                      f"{statistics.mean(seconds) / 60:.1f}" if seconds else ""])  # fmt: skip
+                      "" if wanted is None else met(share <= wanted)])  # fmt: skip
     if len(lines) > 1:
         parts.append(table(lines, markdown=True))
-    sizes = {8: of("ours", 0.1)} | {size: of(f"batch {size}", 0.1) for size in (4, 2, 1)}
+    sizes = {8: of("ours, wide allocation", 0.1)} | {size: of(f"batch {size}", 0.1) for size in (4, 2, 1)}
     if sum(map(bool, sizes.values())) > 1:
         means = {size: statistics.mean(row["perplexity"] for row in found.values()) for size, found in sizes.items() if found}
         lines = [["batch size", "seeds", "steps", "perplexity", "against batch 8", "wanted", "met"]]
@@ -141,13 +150,11 @@ def tables(record: dict) -> str:
                           f"{difference:+.1%}" if judged else "", f"{ALIKE:.0%}" if judged else "",
                           met(abs(difference) <= ALIKE) if judged else ""])  # fmt: skip
         parts.append(table(lines, markdown=True))
-    where = record["environment"]
-    threads = ", ".join(sorted({str(row["threads"]) for row in rows if "threads" in row})) or where["threads"]
     said = "Mean ± standard deviation over the seeds. Excess: log-perplexity over the dense model's."
     if shares := [row["evaluation_share"] for row in of("ours", 0.1).values() if not row.get("untimed")]:
         share = statistics.mean(shares)
         said += f" Evaluation takes {share:.1%} of the time of an epoch of ours (wanted: {EVALUATION:.0%} at most, or said so)."
-    parts.append(f"{said} Threads of a run: {threads}; others ran beside it where that is 1. {where['cpu']}.")
+    parts.append(f"{said} {where(rows)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,7 +163,8 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--names", nargs="+", default=["at once", *TRAINED], choices=("at once", *TRAINED),
                         help="only these rows [all]")  # fmt: skip
-    parser.add_argument("--untimed", action="store_true", help="the runs were paused: their times are not to be shown")
+    parser.add_argument("--at_once", nargs="+", default=list(AT_ONCE), choices=AT_ONCE, help="of the rows at once [all]")
+    parser.add_argument("--untimed", action="store_true", help="the runs were paused or shared a machine: no times of them")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     args = parser.parse_args(argv)
     path = RESULTS.with_suffix(".json")
@@ -166,7 +174,7 @@ def main(argv=None) -> None:
     for seed in args.seeds:
         for name in args.names:
             if name == "at once":
-                found = [prune(method, density, seed, args) for density in (0.1, 0.05) for method in AT_ONCE]
+                found = [prune(pruned, density, seed, args) for density in (0.1, 0.05) for pruned in args.at_once]
             else:
                 found = [train(name, seed, args)]
             rows |= {(row["name"], row["density"], row["seed"]): row for row in found if row}

@@ -44,6 +44,17 @@ STEPS = 1200  # of 4 x 512 tokens
 WITHIN = {0.2: 0.01, 0.5: 0.05}  # of the perplexity of the dense model trained as long
 
 
+def ran_on(environment: dict) -> str:
+    """The processor of a run: the scripts take a GPU where there is one."""
+    return environment["gpus"][0] if environment["gpus"] else f"{environment['threads']} threads, {environment['cpu']}"
+
+
+def where(rows: list[dict]) -> str:
+    """The processors of rows, in words, and how many rows are of each."""
+    names = [row["ran_on"] for row in rows]
+    return "; ".join(f"{names.count(name)} runs on {name}" for name in sorted(set(names)))
+
+
 def shown_of(command: list[str]) -> str:
     return f"python {shlex.join(command)}"
 
@@ -82,7 +93,7 @@ def train(name: str, model: Path | str, method: str, sparsity: float, seed: int,
     return {"sparsity_asked": sparsity, "method": method, "seed": seed, "steps": STEPS, "command": record["shown"],
             "perplexity": trained["perplexity"], "sparsity": trained["sparsity"],
             "before": record["metrics"]["pruned"]["perplexity"], "seconds": record["timings"]["training"],
-            "threads": record["environment"]["threads"]}  # fmt: skip
+            "ran_on": ran_on(record["environment"])}  # fmt: skip
 
 
 def measure(sparsity: float, seed: int, args) -> list[dict]:
@@ -105,7 +116,7 @@ def spread(values: list[float]) -> str:
 
 def tables(record: dict) -> str:
     rows = record["runs"]
-    lines = [["sparsity", "model", "seeds", "steps", "perplexity", "against dense, as long", "allowed", "met", "minutes"]]
+    lines = [["sparsity", "model", "seeds", "steps", "perplexity", "against dense, as long", "allowed", "met"]]
     orders = []
     for sparsity in sorted({row["sparsity_asked"] for row in rows}):
         of = {method: {row["seed"]: row for row in rows if (row["sparsity_asked"], row["method"]) == (sparsity, method)}
@@ -124,15 +135,12 @@ def tables(record: dict) -> str:
             trained = list(of.get(method, {}).values())
             lines.append([f"{sparsity:g}", method, len(found), trained[0]["steps"] if trained else "",
                           spread(list(found.values())), against, "" if allowed is None else f"{allowed:+.0%}",
-                          "" if allowed is None or not dense else met(mean <= allowed + 1e-9),
-                          f"{statistics.mean(row['seconds'] for row in trained) / 60:.1f}" if trained else ""])  # fmt: skip
+                          "" if allowed is None or not dense else met(mean <= allowed + 1e-9)])  # fmt: skip
         shared = sorted(set(full) & set(lora))
         holds = sum(before["full"][seed] > lora[seed] > full[seed] for seed in shared)
         orders.append(f"at {sparsity:g} for {holds} of {len(shared)} seeds")
-    where, threads = record["environment"], ", ".join(sorted({str(row["threads"]) for row in rows}))
     return (f"{table(lines, markdown=True)}\n\nPerplexity, mean ± standard deviation over the seeds. The order pruned > LoRA > "
-            f"full holds {', '.join(orders)}. Threads of a run: {threads}; others ran beside it where that is 1. "
-            f"{where['cpu']}.\n")  # fmt: skip
+            f"full holds {', '.join(orders)}. {where(rows)}.\n")  # fmt: skip
 
 
 def main(argv=None) -> None:

@@ -3,12 +3,13 @@
     python benchmarks/sparse_trainer.py             about twelve minutes on two cores
     python benchmarks/sparse_trainer.py --fast      fewer and smaller steps
 
-Models: assets/tiny_llama, and a Llama of 100 M random parameters; 20 % of 16x16 blocks are zero, or half of all weights.
-Three trainers take turns: the plain one, under which zeros fill up; SparseTrainer; and one that finds the zeros again in every
-step, which is what the sparse trainers of the pruning literature do. A step is measured from the end of the one before to its
-own: forward, backward, clipping, masking, AdamW; ratios are of the same round, because a machine's speed drifts. Masking is
-timed alone as well, ours and theirs in turns. Peak memory: of a process of its own for each, resident, after some steps. The
-share of the data: seconds that the loader takes for the windows of a step, mapped from the disk, over those of the step.
+Models: assets/tiny_llama, and a Llama of 100 M random parameters; 20 % of 16x16 blocks are zero, or half of all weights. Three
+trainers take turns: the plain one, under which zeros fill up; SparseTrainer; and one that finds the zeros again in every step,
+which is what the sparse trainers of the pruning literature do. A step is measured from the end of the one before to its own:
+forward, backward, clipping, masking, AdamW; ratios are of the same round, because a machine's speed drifts. Masking is timed
+alone as well, ours and theirs in turns: it is a small part of a step, whose time varies by more. Peak memory: of a process of
+its own for each, resident, after some steps. The share of the data: seconds that the loader takes for the windows of a step,
+mapped from the disk, over those of the step.
 
 Writes benchmarks/results/sparse_trainer.json (every measured step) and .md.
 """
@@ -30,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from common import assets, checkpoint, eval_utils, finetuning, runs, sparse_trainer, train_utils  # noqa: E402
+from common import assets, checkpoint, eval_utils, finetuning, runs, sparse_trainer  # noqa: E402
 from common.runs import table  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "sparse_trainer"
@@ -72,34 +73,39 @@ class Clock(TrainerCallback):
         self.marks.append(time.perf_counter())
 
 
-def make_model(size: str, pattern: str, length: int):
+def make_model(size: str | dict, pattern: str, length: int, device: str = "cpu"):
+    """The tiny LM, or a random Llama (size: "large", or what its config says), with a part of its weights zero."""
     if size == "tiny":
         model = checkpoint.load_causal_lm(assets.resolve_model("tiny_llama", Path("data")).path, torch.float32)
     else:
-        model = LlamaForCausalLM(LlamaConfig(**LARGE, max_position_embeddings=length, use_cache=False))
+        with torch.device(device):
+            shape = LARGE if size == "large" else size
+            model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=length, use_cache=False))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in sparse_trainer.prunable_weights(model).values():
             rows, columns = weight.shape
             if pattern == "block":
                 keep = torch.rand(rows // 16, columns // 16, generator=generator) >= 0.2
+                keep = keep.to(weight.device)
                 weight.mul_(keep.repeat_interleave(16, 0).repeat_interleave(16, 1))
             else:
-                weight.mul_(torch.rand(rows, columns, generator=generator) >= 0.5)
+                weight.mul_((torch.rand(rows, columns, generator=generator) >= 0.5).to(weight.device))
     return model
 
 
-def make_trainer(kind: str, size: str, pattern: str, args, folder: str):
-    """A trainer of its own model, and the clock of its steps."""
+def make_trainer(kind: str, size: str | dict, pattern: str, args, folder: str, **more):
+    """A trainer of its own model, and the clock of its steps. more: other arguments of training."""
     runs.seed_everything(0)
-    model = make_model(size, pattern, args.block_size)
-    precision = train_utils.resolve_precision("auto", torch.device(args.device))
+    model = make_model(size, pattern, args.block_size, args.device)
+    precision = finetuning.lm_precision("auto", torch.device(args.device))
+    more = {"max_steps": args.n_steps + 1} | more
     arguments = TrainingArguments(
-        output_dir=folder, max_steps=args.n_steps + 1, per_device_train_batch_size=args.n_windows, optim="adamw_torch_fused",
+        output_dir=folder, per_device_train_batch_size=args.n_windows, optim="adamw_torch_fused",
         bf16=precision == "bf16-mixed", fp16=precision == "16-mixed", use_cpu=args.device == "cpu", disable_tqdm=True,
         save_strategy="no", logging_steps=1000, logging_nan_inf_filter=False, report_to="none",
-        dataloader_pin_memory=args.device == "cuda")  # fmt: skip
-    n, path = args.n_windows * (args.n_steps + 1) * args.block_size, Path(folder) / "stream.npy"
+        dataloader_pin_memory=args.device == "cuda", **more)  # fmt: skip
+    n, path = args.n_windows * more["max_steps"] * args.block_size, Path(folder) / "stream.npy"
     ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     np.save(path, ids.numpy())
     stream = np.load(path, mmap_mode="r")
@@ -126,7 +132,7 @@ def probe(args) -> None:
 
 def masking(size: str, pattern: str, args) -> dict[str, float]:
     """Seconds of masking all gradients once: by the masks that were kept, and by zeros that are found again; in turns."""
-    model = make_model(size, pattern, args.block_size).to(args.device)
+    model = make_model(size, pattern, args.block_size, args.device).to(args.device)
     weights, masks = sparse_trainer.prunable_weights(model), sparse_trainer.masks_of(model)
     for weight in weights.values():
         weight.grad = torch.randn_like(weight)
@@ -185,15 +191,16 @@ def shown(found: tuple[float, float, float]) -> str:
 
 def tables(record: dict) -> str:
     lines = [["case", "Trainer, s a step", "SparseTrainer", "wanted", "met", "masks made again", "masking alone",
-              "masks made again", "peak memory", "wanted", "met", "masks, of the bf16 weights", "zeros kept",
+              "masks made again", "less", "peak memory", "wanted", "met", "masks, of the bf16 weights", "zeros kept",
               "data, of a step"]]  # fmt: skip
     for row in record["cases"]:
         times = {kind: median(values) for kind, values in row["seconds"].items()}
         step, again = (ratio(row, kind, record["settings"]["n_steps"]) for kind in ("SparseTrainer", "masks made again"))
         memory = row["memory"]["SparseTrainer"] / row["memory"]["Trainer"]
+        masking = [f"{1000 * row['masking'][key]:.1f} ms" for key in ("kept", "again")]
+        less = "yes" if row["masking"]["kept"] < row["masking"]["again"] else "no"
         lines.append([row["case"], f"{times['Trainer']:.3f}", shown(step), f"{STEP:g}x", "yes" if step[0] <= STEP else "no",
-                      shown(again), *(f"{1000 * row['masking'][key]:.1f} ms" for key in ("kept", "again")),
-                      f"{memory:.3f}x", f"{MEMORY:g}x", "yes" if memory <= MEMORY else "no",
+                      shown(again), *masking, less, f"{memory:.3f}x", f"{MEMORY:g}x", "yes" if memory <= MEMORY else "no",
                       f"1/{row['weight_bytes'] / row['mask_bytes']:.0f}", f"{row['sparsity']:.4f}",
                       f"{row['data_seconds'] / times['Trainer']:.1%}"])  # fmt: skip
     where, n = record["environment"], len(record["cases"][0]["seconds"]["Trainer"])
@@ -214,7 +221,7 @@ def main(argv=None) -> None:
         probe(args)
         return
     record = {"command": "python benchmarks/sparse_trainer.py" + (" --fast" if args.fast else ""), "device": args.device,
-              "precision": train_utils.resolve_precision("auto", torch.device(args.device)), "environment": runs.environment(),
+              "precision": finetuning.lm_precision("auto", torch.device(args.device)), "environment": runs.environment(),
               "settings": {row[0]: getattr(args, row[0]) for row in PRESETS}, "cases": []}  # fmt: skip
     for case in args.cases:
         record["cases"].append(measure(case, args))

@@ -38,7 +38,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from one_shot import peer_python  # noqa: E402
 from pruning_frontier import met  # noqa: E402
-from recovery import run, spread  # noqa: E402
+from recovery import ran_on, run, spread, where  # noqa: E402
 
 from common import assets, generation, structured, text, train_utils  # noqa: E402
 from common.blocks import KINDS, blocks_of  # noqa: E402
@@ -167,7 +167,8 @@ def run_peer(name: str, ratio: float, seed: int, args) -> dict | None:
         raise UserError(f"{TORCH_PRUNING} failed: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"  perplexity {found['perplexity']:.2f}, removed {found['sparsity']:.3f}", flush=True)
-    return {"name": name, "ratio": ratio, "seed": seed, "command": TORCH_PRUNING, "pruned": None, **found}
+    return {"name": name, "ratio": ratio, "seed": seed, "command": TORCH_PRUNING, "pruned": None, **found,
+            "ran_on": ran_on(environment() | {"gpus": []})}  # fmt: skip
 
 
 def prune(name: str, flags: list[str], ratio: float | None, seed: int, args) -> dict | None:
@@ -183,7 +184,8 @@ def prune(name: str, flags: list[str], ratio: float | None, seed: int, args) -> 
     print(f"  perplexity {last['perplexity']:.2f}", flush=True)
     return {"name": name, "ratio": ratio, "seed": seed, "command": record["shown"], "perplexity": last["perplexity"],
             "dense": metrics["dense"]["perplexity"], "pruned": metrics.get("pruned", {}).get("perplexity"),
-            "sparsity": last.get("sparsity", 0.0), "layers": record.get("layers"), "timings": record["timings"]}  # fmt: skip
+            "sparsity": last.get("sparsity", 0.0), "layers": record.get("layers"), "timings": record["timings"],
+            "ran_on": ran_on(record["environment"])}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ speeds
@@ -279,19 +281,18 @@ def tables(record: dict) -> str:
     parts.append(table(lines, markdown=True))
     as_long = of("dense, trained as long", None, "perplexity")
     if as_long:
-        lines = [["0.25 removed, trained", "seeds", "perplexity", "against dense, as long", "allowed", "met", "minutes"]]
-        lines.append(["dense", "", spread(of("dense, trained as long", None, "dense")[:1]), "", "", "", ""])
+        lines = [["0.25 removed, trained", "seeds", "perplexity", "against dense, as long", "allowed", "met"]]
+        lines.append(["dense", "", spread(of("dense, trained as long", None, "dense")[:1]), "", "", ""])
         before = of("scenario 1", None, "pruned")
         shown = {"dense, trained as long": as_long, "pruned": before}
         shown |= {name: of(name, None, "perplexity") for name in TRAINED if not name.startswith("dense")}
         for name, values in shown.items():
             if values:
                 against = statistics.mean(values) / statistics.mean(as_long) - 1
-                minutes = [timings["training"] / 60 for timings in of(name, None, "timings")]
                 allowed = WITHIN if name in ("scenario 1", "full, taught") else None
                 lines.append([name, len(values), spread(values), "" if name.startswith("dense") else f"{against:+.2%}",
-                              "" if allowed is None else f"{allowed:+.0%}", "" if allowed is None else met(against <= allowed),
-                              f"{statistics.mean(minutes):.1f}" if minutes else ""])  # fmt: skip
+                              "" if allowed is None else f"{allowed:+.0%}",
+                              "" if allowed is None else met(against <= allowed)])  # fmt: skip
         parts.append(table(lines, markdown=True))
     if speeds := record.get("speeds"):
         lines = [["100 M parameters, random", "prefill of 128 tokens", "decoding", "prefill", "decoding", "wanted", "met"]]
@@ -313,10 +314,9 @@ def tables(record: dict) -> str:
                               met(ratios[0] <= IMPORTANCE["seconds"]), f"{ratios[1]:.2f}x", f"{IMPORTANCE['memory']}x",
                               met(ratios[1] <= IMPORTANCE["memory"])])  # fmt: skip
         parts.append(table(lines, markdown=True))
-    where = record["environment"]
     parts.append("Removed: of the parameters in attention and FFN. Mean ± standard deviation over seeds. Excess: "
-                 f"log-perplexity over the dense model's. Minutes: of one thread, others ran beside it. Speeds: "
-                 f"{record.get('threads_of_speeds', where['threads'])} threads. {where['cpu']}.")  # fmt: skip
+                 f"log-perplexity over the dense model's. {where(rows)}. Speeds, cost of importance: "
+                 f"{record.get('speeds_on', 'not measured')}.")  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -338,7 +338,8 @@ def main(argv=None) -> None:
         write_atomic(RESULTS.with_suffix(".md"), tables(record))
 
     if not (args.collect or args.names):
-        record |= {"speeds": measure_speeds(args.seconds), "threads_of_speeds": torch.get_num_threads()}
+        here = environment() | {"gpus": []}  # both are of the CPU, whatever else there is
+        record |= {"speeds": measure_speeds(args.seconds), "speeds_on": ran_on(here)}
         save()
         record |= {"importance": measure_importance()}
         save()

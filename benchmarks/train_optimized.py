@@ -7,8 +7,10 @@
 Every side is a run of the script; numbers are those of the records and histories. Runs that are finished are not repeated
 (another --out_dir measures them again). Parts:
 
-- whole: the fast preset as it is against itself with --baseline, on the same texts and epochs; texts a second of the whole
-  training (validation, monitor, checkpoints included) and held-out ELBO, for each seed.
+- whole: the fast preset as it is against itself with --baseline, on the same texts; texts a second of the whole training
+  (validation, monitor, checkpoints included), for each seed.
+- quality: the same two sides for longer, by held-out ELBO after as many texts. Where a text is padded to changes what a step
+  takes and not what it learns, so here both have a limit that no text reaches: the baseline would take hours otherwise.
 - measures: --baseline with one of its values changed, in turns; speed of all of the training and of warm steps (the later half
   of the history), and the peak memory of the process, beside what the guide expects.
 - monitoring: the full preset for an epoch; the shares of the training that the monitor and waiting for data take.
@@ -35,14 +37,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from pruning_frontier import execute, met  # noqa: E402
+from recovery import ran_on, where  # noqa: E402
 
 from common import assets, posterior  # noqa: E402
 from common.runs import Parser, environment, read_json, run_script, table, write_atomic  # noqa: E402
 
 PRESETS = [
     # flag, full, fast, meaning, limits
-    ("n_whole", 4000, 60, "training texts of the part whole; 0: all reviews", (0, 10**9)),
-    ("whole_epochs", 2, 1, "epochs of it", (1, 1000)),
+    ("n_whole", 600, 60, "training texts of the part whole; 0: all reviews", (0, 10**9)),
+    ("n_quality", 4000, 60, "training texts of the part quality; 0: all reviews", (0, 10**9)),
+    ("quality_epochs", 2, 1, "epochs of it", (1, 1000)),
+    ("quality_length", 128, 128, "tokens that its texts are padded to in the baseline", (1, 10**5)),
     ("n_measured", 300, 40, "training texts of the part measures", (1, 10**9)),
     ("n_repeats", 2, 1, "times that its sides take turns", (1, 1000)),
     ("n_watched", 0, 60, "training texts of the other parts; 0: all reviews", (0, 10**9)),
@@ -105,15 +110,28 @@ def run(name: str, flags: list[str], n: int, args) -> dict:
             "warm_texts_per_second": statistics.median(speeds[len(speeds) // 2 :]),
             "monitoring": parts.get("monitoring", 0.0) / seconds, "waiting": parts["waiting for data"] / seconds,
             "validation": parts["validation"] / seconds, "epochs": epochs, "steps": steps, "peak_memory": record["peak_memory"],
-            "precision": record["config"]["precision"], "verdict": record["verdict"], **found}  # fmt: skip
+            "precision": record["config"]["precision"], "verdict": record["verdict"], "ran_on": ran_on(record["environment"]),
+            **found}  # fmt: skip
+
+
+SIDES = {"baseline": ["--baseline"], "optimised": []}
 
 
 def whole(args) -> list[dict]:
-    base, rows = ["--fast", "--num_epochs", str(args.whole_epochs), "--n_evaluated", "0"], []
+    base, rows = ["--fast", "--num_epochs", "1", "--n_evaluated", "8", "--iw_samples", "1"], []
     for seed in args.seeds:
-        for side, flags in (("baseline", ["--baseline"]), ("optimised", [])):
+        for side, flags in SIDES.items():
             flags = [*base, *flags, "--max_sequence_length", str(args.length), "--seed", str(seed)]
             rows.append({"side": side, "seed": seed} | run(f"whole-{side}-{seed}", flags, args.n_whole, args))
+    return rows
+
+
+def quality(args) -> list[dict]:
+    base, rows = ["--fast", "--num_epochs", str(args.quality_epochs), "--n_evaluated", "0"], []
+    for seed in args.seeds:
+        for side, flags in SIDES.items():
+            flags = [*base, *flags, "--max_sequence_length", str(args.quality_length), "--seed", str(seed)]
+            rows.append({"side": side, "seed": seed} | run(f"quality-{side}-{seed}", flags, args.n_quality, args))
     return rows
 
 
@@ -180,7 +198,8 @@ def routes(args) -> list[dict]:
     return [{"route": name} | run(f"route-{name}", [*base, *flags], args.n_watched, args) for name, flags in ROUTES.items()]
 
 
-PARTS = {"whole": whole, "measures": measures, "monitoring": monitoring, "detection": detection, "routes": routes}
+PARTS = {"whole": whole, "quality": quality, "measures": measures, "monitoring": monitoring, "detection": detection,
+         "routes": routes}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -190,21 +209,32 @@ def spread(values: list[float], form: str = ".2f") -> str:
     return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
+def of_sides(rows: list[dict], key: str) -> dict[str, list[float]]:
+    return {side: [row[key] for row in rows if row["side"] == side] for side in SIDES}
+
+
+def n_texts(row: dict) -> str:
+    return f"{row['n_texts'] * row['epochs']:,}" if row["n_texts"] else f"all, {row['epochs']} times"
+
+
 def table_whole(rows: list[dict]) -> list[list]:
-    of = {side: [row for row in rows if row["side"] == side] for side in ("baseline", "optimised")}
-    speeds = {side: [row["texts_per_second"] for row in some] for side, some in of.items()}
+    speeds, memory = of_sides(rows, "texts_per_second"), of_sides(rows, "peak_memory")
     ratio = statistics.mean(speeds["optimised"]) / statistics.mean(speeds["baseline"])
-    losses = {side: [row["negative_elbo"] for row in some] for side, some in of.items()}
+    lines = [["fast preset", "seeds", "texts", "texts a second", "speed-up", "wanted", "met", "peak memory"]]
+    for side in SIDES:
+        judged = [f"{ratio:.2f}x", f"{SPEED_UP:g}x", met(ratio >= SPEED_UP)] if side == "optimised" else ["", "", ""]
+        lines.append([side, len(speeds[side]), n_texts(rows[0]), spread(speeds[side]), *judged,
+                      f"{statistics.mean(memory[side]) / 2**20:,.0f} MiB"])  # fmt: skip
+    return lines
+
+
+def table_quality(rows: list[dict]) -> list[list]:
+    losses = of_sides(rows, "negative_elbo")
     worse = statistics.mean(losses["optimised"]) / statistics.mean(losses["baseline"]) - 1
-    lines = [["fast preset", "seeds", "texts", "texts a second", "speed-up", "wanted", "met", "negative ELBO", "against",
-              "wanted", "met", "peak memory"]]  # fmt: skip
-    for side, some in of.items():
-        seen, ours = some[0]["steps"] * (1 if side == "baseline" else 8), side == "optimised"
-        judged = [f"{ratio:.2f}x", f"{SPEED_UP:g}x", met(ratio >= SPEED_UP)] if ours else ["", "", ""]
-        kept = [f"{worse:+.2%}", f"{ELBO_WITHIN:+.0%}", met(worse <= ELBO_WITHIN)] if ours else ["", "", ""]
-        memory = statistics.mean(row["peak_memory"] for row in some) / 2**20
-        lines.append([side, len(some), f"{seen:,}", spread(speeds[side]), *judged, spread(losses[side]), *kept,
-                      f"{memory:,.0f} MiB"])  # fmt: skip
+    lines = [["fast preset", "seeds", "texts", "negative ELBO", "against", "wanted", "met"]]
+    for side in SIDES:
+        judged = [f"{worse:+.2%}", f"{ELBO_WITHIN:+.0%}", met(worse <= ELBO_WITHIN)] if side == "optimised" else ["", "", ""]
+        lines.append([side, len(losses[side]), n_texts(rows[0]), spread(losses[side]), *judged])
     return lines
 
 
@@ -258,31 +288,33 @@ def table_routes(rows: list[dict]) -> list[list]:
                      f"{row['seconds'] / 60:.1f}", row["verdict"][0]] for row in rows)]  # fmt: skip
 
 
-TABLES = {"whole": table_whole, "measures": table_measures, "monitoring": table_monitoring, "detection": table_detection,
-          "routes": table_routes}  # fmt: skip
+TABLES = {"whole": table_whole, "quality": table_quality, "measures": table_measures, "monitoring": table_monitoring,
+          "detection": table_detection, "routes": table_routes}  # fmt: skip
 
 
 def tables(record: dict) -> str:
     parts = [table(TABLES[part](record["parts"][part]), markdown=True) for part in TABLES if part in record["parts"]]
-    where, used = record["environment"], {row["precision"] for rows in record["parts"].values() for row in rows}
-    note = (f"Movie reviews; speeds are of the whole training; {record['device']}, {where['threads']} threads, {where['cpu']}, "
-            f"precision {', '.join(sorted(used))}. A measure pays where it gains {PAYS - 1:.0%} or more.")  # fmt: skip
+    of = {part: rows for part, rows in record["parts"].items() if rows}
+    used = sorted({row["precision"] for rows in of.values() for row in rows})
+    note = (f"Movie reviews; speeds are of the whole training; precision {', '.join(used)}. A measure pays where it gains "
+            f"{PAYS - 1:.0%} or more. " + " ".join(f"{part}: {where(rows)}." for part, rows in of.items()))  # fmt: skip
     return "\n\n".join([*parts, note]) + "\n"
 
 
 def main(argv=None) -> None:
     parser = Parser(__doc__, PRESETS, ("data_dir", "out_dir", "device"))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="[all]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the part whole [0 1 2]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the parts whole and quality [0 1 2]")
     parser.add_argument("--detection_seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="[0 1 2 3 4]")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results",
                         help="folder of the record and the tables [benchmarks/results]")  # fmt: skip
     args = parser.parse_args(argv)
     path = args.results / "train_optimized.json"
     record = read_json(path) if path.exists() else {"parts": {}}
-    record |= {"command": "python benchmarks/train_optimized.py", "environment": environment(), "device": args.device}
+    record |= {"command": "python benchmarks/train_optimized.py", "environment": environment()}
     for part in args.parts:
         record["parts"][part] = PARTS[part](args)
+        record.setdefault("settings", {})[part] = {row[0]: getattr(args, row[0]) for row in PRESETS}
         write_atomic(path, json.dumps(record, indent=1) + "\n")
         write_atomic(path.with_suffix(".md"), tables(record))
     print(tables(record))

@@ -20,7 +20,7 @@ from common.one_shot import FISHER_DAMPING, Pattern, inverse_of, obs_scores, wan
 from common.streaming import Activations, StreamedLM
 
 FULL_FISHER = 8192  # projections of more outputs than this get the diagonal of their Fisher matrix only
-OWL_LIMIT = 0.08  # the paper's lambda
+LIMIT = 0.08  # how far a sparsity is from the mean at most: the lambda of OWL
 LOGITS_AT_ONCE = 2**26  # numbers, of which there are several copies; of 128k words that is 512 tokens
 QUANTILES = 1024  # of a projection's scores, kept to choose its sparsity by
 
@@ -160,12 +160,15 @@ def score_quantiles(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tens
     return ranked[at].cpu()
 
 
-def sensitivity_allocation(curves: dict[str, torch.Tensor], sizes: dict[str, int], sparsity: float, limit: float
+def sensitivity_allocation(curves: dict[str, torch.Tensor], sizes: dict[str, int], sparsity: float, limit: float | None = None
                            ) -> dict[str, float]:  # fmt: skip
     """A sparsity for each projection: what one threshold of the score would remove of it, so that in all it is `sparsity`.
 
-    curves: quantiles of scores, ascending; sizes: weights. limit: no projection is further than this from the mean.
+    curves: quantiles of scores, ascending; sizes: weights. limit: no projection is further than this from the mean. By itself
+    it is LIMIT, but a fifth of the density at most: scores are of a weight while all others are there, and where few stay a
+    projection that keeps far fewer than the mean is lost.
     """
+    limit = min(LIMIT, (1 - sparsity) / 5) if limit is None else limit
     logs = {name: curve.double().clamp_min(1e-30).log() for name, curve in curves.items()}
     low, high = torch.stack([*logs.values()]).aminmax()
     high = high + 1  # above all, so that everything could go
@@ -202,7 +205,7 @@ def outlier_shares(lm: StreamedLM, hidden: Activations) -> list[float]:
     return shares
 
 
-def owl_allocation(outliers: list[float], sparsity: float, limit: float = OWL_LIMIT) -> list[float]:
+def owl_allocation(outliers: list[float], sparsity: float, limit: float = LIMIT) -> list[float]:
     """OWL (arXiv 2310.05175): blocks with more outliers among their Wanda scores are pruned less, by `limit` at most.
 
     outliers: the share of scores above 5 times the mean, a block. The mean over blocks is `sparsity`. The paper scales the

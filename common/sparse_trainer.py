@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +26,8 @@ from common.blocks import FAMILIES, blocks_of
 from common.runs import UserError
 
 BLOCKS = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))  # sizes that are looked for, beside those that are named
-AT_ONCE = {"cpu": 2**16, "cuda": 2**24}  # weights whose bits are unpacked together; what fits a CPU's cache is fastest
+AT_ONCE, AT_ONCE_ON_GPU = 2**16, 2**26  # weights whose bits are unpacked together; what fits a CPU's cache is fastest
+PLACE = 20  # bytes of a block on a GPU: index, row, column
 KEEPS_ZEROS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # a weight, gradient and state of zero stay zero
 WHOLE, SHARDS = "whole", "shards"  # in a checkpoint: says that nothing is missing; the pieces of FSDP
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
@@ -40,7 +41,8 @@ class Mask:
     """Which weights of a matrix (out, in) stay zero.
 
     block: rows and columns of the blocks that are zero, or None. data: of blocks their indices, counted row by row, int32;
-    else one bit a weight, 1 where it is free, eight to a uint8 and the first in the lowest place.
+    else one bit a weight, 1 where it is free, eight to a uint8 and the first in the lowest place. On a GPU rows and columns of
+    blocks are kept as well, int64: there, starting the kernels that find them takes longer than all else.
     """
 
     shape: tuple[int, int]
@@ -63,15 +65,23 @@ class Mask:
     @classmethod
     def _packed(cls, free: torch.Tensor) -> Mask:
         flat = functional.pad(free.flatten(), (0, -free.numel() % 8)).view(-1, 8)
-        places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=free.device)
-        return cls(tuple(free.shape), None, (flat * places).sum(1, dtype=torch.uint8))
+        return cls(tuple(free.shape), None, (flat * _powers(free.device)).sum(1, dtype=torch.uint8))
 
     @property
     def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        places = sum(place.nbytes for place in self._places) if self.block is not None and self.data.device.type != "cpu" else 0
+        return self.data.nbytes + places
+
+    @cached_property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each block that is zero, its row and its column among blocks."""
+        width = self.shape[1] // self.block[1]
+        return (self.data // width).long(), (self.data % width).long()
 
     def zero_(self, values: torch.Tensor) -> torch.Tensor:
         """Set what the mask says to zero in `values`, (out, in), contiguous, on the mask's device."""
+        if values.device.type != "cpu":
+            return self._zero_on_gpu_(values)
         if self.block is not None:
             n, m = self.block
             width = self.shape[1] // m  # of a row, in pieces of m weights
@@ -79,12 +89,25 @@ class Mask:
             pieces = first.long()[:, None] + torch.arange(n, device=values.device) * width  # (blocks, n)
             values.view(-1, m).index_fill_(0, pieces.flatten(), 0)
             return values
-        flat, at_once = values.view(-1), AT_ONCE.get(values.device.type, AT_ONCE["cuda"])
-        bits_of = _bits(values.dtype, values.device)
-        for start in range(0, len(flat), at_once):
-            part = flat[start : start + at_once]
-            packed = self.data[start // 8 : -(-(start + at_once) // 8)]
+        flat, bits_of = values.view(-1), _bits(values.dtype)
+        for start in range(0, len(flat), AT_ONCE):
+            part = flat[start : start + AT_ONCE]
+            packed = self.data[start // 8 : -(-(start + AT_ONCE) // 8)]
             part.mul_(functional.embedding(packed.int(), bits_of).view(-1)[: len(part)])
+        return values
+
+    def _zero_on_gpu_(self, values: torch.Tensor) -> torch.Tensor:
+        """`zero_` in few kernels: one that writes the blocks, or three that unpack the bits."""
+        if self.block is not None:
+            (rows, columns), (n, m) = self.shape, self.block
+            by_block = values.view(rows // n, n, columns // m, m).transpose(1, 2)  # (out / n, in / m, n, m)
+            by_block[self._places] = 0
+            return values
+        flat = values.view(-1)
+        for start in range(0, len(flat), AT_ONCE_ON_GPU):
+            part = flat[start : start + AT_ONCE_ON_GPU]
+            bits = self.data[start // 8 : -(-(start + len(part)) // 8), None] & _powers(values.device)
+            part.masked_fill_(bits.view(-1)[: len(part)] == 0, 0)
         return values
 
     def free(self) -> torch.Tensor:
@@ -101,13 +124,21 @@ class Mask:
         return Mask((end - start, self.shape[1]), self.block, self.data[inside] - start // n * width)
 
     def to(self, device: torch.device) -> Mask:
+        if self.block is not None and device.type != "cpu" and 8 * PLACE * len(self.data) > math.prod(self.shape):
+            return Mask._packed(self.free()).to(device)  # with rows and columns bits are smaller
         return Mask(self.shape, self.block, self.data.to(device))
 
 
 @cache
-def _bits(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _powers(device: torch.device) -> torch.Tensor:
+    """What each place of a byte stands for: (8,)."""
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+
+
+@cache
+def _bits(dtype: torch.dtype) -> torch.Tensor:
     """The eight places of every byte, as numbers: (256, 8)."""
-    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(device, dtype)
+    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(dtype)
 
 
 def plain_name(name: str) -> str:

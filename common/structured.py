@@ -25,6 +25,7 @@ from common.streaming import Activations, StreamedLM
 SCORERS = ("obs", "kd_gradient", "fisher", "taylor", "activation", "l2", "random")
 BACKWARD = {"taylor": "labels", "fisher": "labels", "obs": "curvature", "kd_gradient": "curvature"}  # what it starts from
 RECORDED = {"taylor": "taylor", "fisher": "fisher", "activation": "activation", "kd_gradient": "fisher"}  # by GateRecorder
+FURTHER = 1.5  # what a layer may lose, of what it was measured with
 ROUNDS = 12  # in which obs takes all groups of a projection away
 ALLOCATIONS = ("global", "sensitivity", "uniform")
 
@@ -124,23 +125,25 @@ def removal_costs(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor
     a cost is never less than that of a group that went earlier, so costs rank groups in the order in which they go.
     """
     root = torch.linalg.cholesky(damped(fisher.float(), FISHER_DAMPING)).T  # (out, out): fisher = root^T root
-    weight, gram = weight.float(), damped(gram.float(), FISHER_DAMPING)
+    inverse = inverse_of(damped(gram.float(), FISHER_DAMPING), 1e-7)  # of the second moments of the columns that are left
+    fitted = root @ weight.float()  # (out, columns left): what they are with the others gone
     n = weight.shape[1] // width
-    columns = torch.arange(n * width, device=weight.device).view(n, width)
     left, costs, least = torch.arange(n, device=weight.device), torch.zeros(n, device=weight.device), 0.0
     for r in range(rounds):
-        at = columns[left].flatten()
-        inverse = inverse_of(gram[at][:, at], 1e-7)
-        fitted = root @ (weight @ (gram[:, at] @ inverse))  # (out, columns left): what they are with the others gone
         blocks = inverse.view(len(left), width, len(left), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (left, w, w)
         parts = fitted.view(len(root), len(left), width).permute(1, 2, 0)  # (left, w, out)
         of_left = (0.5 * quadratic_forms(blocks, parts).sum(1)).clamp_min(least)
         going = of_left.argsort()[: -(-len(left) // (rounds - r))]
         costs[left[going]] = of_left[going]
         least = float(of_left[going].max())
-        left = left[torch.ones_like(left, dtype=torch.bool).index_fill_(0, going, False)]
+        stays = torch.ones_like(left, dtype=torch.bool).index_fill_(0, going, False)
+        left, stay = left[stays], stays.repeat_interleave(width)
         if not len(left):
             break
+        others, inverse = inverse[~stay], inverse[stay][:, stay]  # eliminated, block by block: no matrix is inverted again
+        shares = inverse_of(others[:, ~stay], 1e-7) @ others[:, stay]  # (columns going, columns left)
+        fitted = fitted[:, stay] - fitted[:, ~stay] @ shares
+        inverse -= others[:, stay].T @ shares
     return costs
 
 
@@ -267,7 +270,7 @@ def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, s
     """What `choose` takes as shares with allocation sensitivity, and the damages that they were made from, by layer.
 
     chosen: what else `choose` is called with (blocks, layers, kinds). Each layer is measured with as much of it gone as all
-    layers are to lose.
+    layers are to lose. None loses more than FURTHER times that: damage grows faster than what was measured can tell.
     """
     blocks, layers = chosen["blocks"], chosen["layers"]
     costs, counts = group_costs(blocks), group_counts(blocks)
@@ -277,7 +280,7 @@ def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, s
     keeps = {i: choose(scores, ratio=part * of_layers[i] / whole, allocation="global", floor=floor,
                        **chosen | {"layers": range(i, i + 1)}) for i in layers}  # fmt: skip
     damages = layer_damages(lm, blocks, samples, batch_size, keeps, seed, directory, on_disk, refit)
-    most = [most_to_remove(blocks, range(i, i + 1), chosen["kinds"], floor) / of_layers[i] for i in layers]
+    most = [min(FURTHER * part, most_to_remove(blocks, range(i, i + 1), chosen["kinds"], floor) / of_layers[i]) for i in layers]
     parts = layer_shares([damages[i] for i in layers], [of_layers[i] for i in layers], part, most)
     return [of_it * of_layers[i] / (ratio * whole) for of_it, i in zip(parts, layers, strict=True)], damages
 

@@ -38,9 +38,9 @@ def test_all_parts(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "INNER", 2)
     monkeypatch.setattr(script, "MOST_INNER", 4)
     flags = ["--fast", "--device", "cpu", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out", "--results", tmp_path]
-    flags += ["--seeds", 0, "--detection_seeds", 0, "--n_whole", 40, "--n_measured", 24, "--n_watched", 40]
+    flags += ["--seeds", 0, "--detection_seeds", 0, "--n_whole", 40, "--n_quality", 40, "--n_measured", 24, "--n_watched", 40]
     try:
-        benchmark.main([*flags, "--parts", "measures", "monitoring", "detection", "routes"])
+        benchmark.main([*flags, "--parts", "quality", "measures", "monitoring", "detection", "routes"])
         first = json.loads((tmp_path / "train_optimized.json").read_text())
         benchmark.main([*flags, "--parts", "whole"])  # beside what is there
     finally:
@@ -50,9 +50,11 @@ def test_all_parts(benchmark, tmp_path, monkeypatch, capsys):
     sides = {row["side"]: row for row in record["parts"]["whole"]}
     assert sides["baseline"]["steps"] == 36 and sides["optimised"]["steps"] == 5  # 36 texts left to train on
     assert all(0 < row["monitoring"] + row["waiting"] + row["validation"] < 1 for row in sides.values())
+    assert [row["side"] for row in record["parts"]["quality"]] == list(benchmark.SIDES)
+    assert set(record["settings"]) == set(record["parts"]) and record["settings"]["whole"]["n_whole"] == 40
     assert [row["route"] for row in record["parts"]["routes"]] == list(benchmark.ROUTES)
     shown = (tmp_path / "train_optimized.md").read_text()
-    assert shown.strip() in capsys.readouterr().out and shown.count("\n| --") == 5
+    assert shown.strip() in capsys.readouterr().out and shown.count("\n| --") == 6
     assert str(tmp_path) not in shown and all(str(tmp_path) not in row["command"] for row in record["parts"]["whole"])
 
 
@@ -69,13 +71,13 @@ def test_when_a_collapse_happened_and_when_it_is_told(benchmark):
 
 
 def test_the_tables_judge(benchmark):
-    rows = [{"side": side, "texts_per_second": speed, "negative_elbo": loss, "steps": 80, "peak_memory": 2**30}
+    rows = [{"side": side, "texts_per_second": speed, "negative_elbo": loss, "peak_memory": 2**30, "n_texts": 40,
+             "epochs": 2}
             for side, speed, loss in (("baseline", 10.0, 100.0), ("optimised", 29.0, 101.5))]  # fmt: skip
-    line = benchmark.table_whole(rows)[2]
-    assert line[4:7] == ["2.90x", "3x", "no"] and line[8:11] == ["+1.50%", "+1%", "no"]
+    assert benchmark.table_whole(rows)[2][2:7] == ["80", "29.00", "2.90x", "3x", "no"]
+    assert benchmark.table_quality(rows)[2][4:] == ["+1.50%", "+1%", "no"]
     rows[1] |= {"texts_per_second": 31.0, "negative_elbo": 100.9}
-    line = benchmark.table_whole(rows)[2]
-    assert line[6] == line[10] == "yes"
+    assert benchmark.table_whole(rows)[2][6] == benchmark.table_quality(rows)[2][6] == "yes"
     watched = [{"side": "fast_detection", "steps": 9, "monitoring": 0.011, "waiting": 0.02}]
     assert benchmark.table_monitoring(watched)[1][4::3] == ["no", "yes"]
     found = [{"kind": "collapses", "seed": 0, "steps": 900, "happened": 100, "told": {"50": 400, "100": 400}},

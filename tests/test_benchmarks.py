@@ -238,6 +238,28 @@ def test_sparse_trainer(tmp_path, monkeypatch, capsys):
     assert module.ratio({"seconds": drifting}, "SparseTrainer", 2) == pytest.approx((1.1, 1.05, 1.1))
 
 
+def test_gpu_training(tmp_path, monkeypatch, capsys):
+    module = load("gpu_training")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "gpu_training")
+    monkeypatch.setattr(module, "SIDES", {name: side for name, side in module.SIDES.items() if "compiled" not in name})
+    with pytest.raises(UserError, match="--device cpu: this measures a GPU"):
+        module.main(["--device", "cpu"])
+    module.main(["--fast", "--device", "cpu", "--models", "1 B"])
+    record = json.loads((tmp_path / "gpu_training.json").read_text(encoding="utf-8"))
+    assert [row["side"] for row in record["rows"]] == [*module.SIDES] and record["largest_product"] > 0
+    for row in record["rows"]:
+        wanted = {"Trainer": 0.0, "SparseTrainer, half of all weights": 0.5}.get(row["side"], 0.2)
+        assert row["sparsity"] == pytest.approx(wanted, abs=0.05) and len(row["seconds"]) == 2
+        assert row["tokens_per_second"] == pytest.approx(2 * 32 / sum(row["seconds"]))
+        n = row["parameters"] - 200 * 64  # looking up embeddings multiplies nothing
+        assert row["operations_per_second"] == pytest.approx(row["tokens_per_second"] * (6 * n + 12 * 2 * 64 * 32))
+    shown = (tmp_path / "gpu_training.md").read_text(encoding="utf-8")
+    assert shown.strip() in capsys.readouterr().out and "1.000x" in shown
+    of_card = {"device": "cuda", "environment": record["environment"] | {"gpus": ["NVIDIA H100 80GB HBM3"]}}
+    card = module.tables(record | of_card)
+    assert f"{record['rows'][0]['operations_per_second'] / 989e12:.1%}" in card
+
+
 def test_memory_table(tmp_path, monkeypatch, capsys):
     module = load("memory_table")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "memory_table")
@@ -255,19 +277,20 @@ def test_the_tables_of_recovery_judge_by_the_means(monkeypatch):
 
     def row(sparsity, method, perplexity, before, seed):
         return {"sparsity_asked": sparsity, "method": method, "perplexity": perplexity, "before": before, "seed": seed,
-                "sparsity": sparsity, "seconds": 60.0, "steps": 7, "threads": 2}  # fmt: skip
+                "sparsity": sparsity, "seconds": 60.0, "steps": 7, "ran_on": "a CPU" if seed else "a GPU"}  # fmt: skip
 
     def lines_of(full):
         rows = [row(0.2, "dense, trained as long", 100.0, 101.0, seed) for seed in (0, 1)]
         rows += [row(0.2, "full", value, 110.0, seed) for seed, value in enumerate(full)]
         rows += [row(0.2, "LoRA", 105.0, 110.0, seed) for seed in (0, 1)]
-        text = module.tables({"runs": rows, "environment": {"threads": 2, "cpu": "CPU"}})
+        text = module.tables({"runs": rows})
         return text, {line.split("|")[2].strip(): [cell.strip() for cell in line.split("|")[3:-1]]
                       for line in text.splitlines() if line.startswith("|")}  # fmt: skip
 
     text, lines = lines_of([100.0, 102.0])
-    assert lines["full"] == ["2", "7", "101.00 ± 1.41", "+1.00%", "+1%", "yes", "1.0"]
+    assert lines["full"] == ["2", "7", "101.00 ± 1.41", "+1.00%", "+1%", "yes"]
     assert lines["pruned"][2:4] == ["110.00 ± 0.00", "+10.00%"] and "holds at 0.2 for 2 of 2 seeds" in text
+    assert "3 runs on a CPU; 3 runs on a GPU." in text
     text, lines = lines_of([100.0, 106.0])
     assert lines["full"][3:6] == ["+3.00%", "+1%", "no"] and "holds at 0.2 for 1 of 2 seeds" in text
 
@@ -288,19 +311,19 @@ def test_the_tables_of_extreme_judge_by_the_excess():
 
     def row(name, density, perplexity, seed, **more):
         return {"name": name, "density": density, "perplexity": perplexity, "dense": 80.0, "pruned": 200.0, "seed": seed,
-                "steps": 250, "seconds": 60.0, "evaluation_share": 0.04, "threads": 2} | more  # fmt: skip
+                "steps": 250, "seconds": 60.0, "evaluation_share": 0.04, "ran_on": "a CPU"} | more  # fmt: skip
 
     def lines_of(ours, batch):
         at_once = [row("kfac", 0.1, 160.0, 0), row("sparsegpt", 0.1, 320.0, 0)]
         rows = [*at_once, *(row("magnitude, plain", 0.1, 320.0, seed) for seed in (0, 1)),
                 *(row("ours", 0.1, value, seed) for seed, value in enumerate(ours)), row("batch 1", 0.1, batch, 0, steps=2000)]
-        text = module.tables({"runs": rows, "environment": {"threads": 2, "cpu": "CPU"}})
+        text = module.tables({"runs": rows})
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
         return text, {(line[0], line[1]): line[2:] for line in lines}
 
     text, lines = lines_of([160.0, 160.0], 163.0)
     assert lines["0.1", "kfac"] == ["1", "160.00", "0.693", "0.50", "0.5", "yes"]
-    assert lines["ours", "0.1"] == ["2", "250", "200.00 ± 0.00", "160.00 ± 0.00", "0.50", "0.693", "0.50", "0.6", "yes", "1.0"]
+    assert lines["ours", "0.1"] == ["2", "250", "200.00 ± 0.00", "160.00 ± 0.00", "0.50", "0.693", "0.50", "0.6", "yes"]
     assert lines["1", "1"] == ["2000", "163.00", "+1.9%", "2%", "yes"] and "Evaluation takes 4.0%" in text
     _, lines = lines_of([160.0, 280.0], 100.0)
     assert lines["ours", "0.1"][6:9] == ["0.70", "0.6", "no"] and lines["1", "1"][-1] == "no"

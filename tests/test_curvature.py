@@ -210,6 +210,14 @@ def test_one_threshold_removes_what_was_asked(sparsity, limit):
         assert shares[ranked[0]] > sparsity > shares[ranked[-1]]
 
 
+@pytest.mark.parametrize(("sparsity", "limit"), [(0.2, 0.08), (0.5, 0.08), (0.6, 0.08), (0.8, 0.04), (0.9, 0.02), (0.95, 0.01)])
+def test_by_itself_the_limit_is_a_fifth_of_the_density_at_most(sparsity, limit):
+    curves = {f"p{i}": a_curve(torch.Generator().manual_seed(i), 10.0**i) for i in range(-4, 5)}
+    shares = sensitivity_allocation(curves, dict.fromkeys(curves, 100), sparsity)
+    assert max(abs(share - sparsity) for share in shares.values()) == pytest.approx(limit)
+    assert sum(shares.values()) / len(shares) == pytest.approx(sparsity)
+
+
 def test_inside_the_limits_the_next_weight_costs_the_same_everywhere():
     generator = torch.Generator().manual_seed(0)
     curves = {name: a_curve(generator, scale) for name, scale in (("a", 1.0), ("b", 1.5), ("c", 2.0))}

@@ -267,7 +267,7 @@ def test_allocations_keep_the_total(method, sparsity, base, tmp_path):
     assert set(shares["uniform"]) == {sparsity}
     owl = [set(shares["owl"][7 * i : 7 * i + 7]) for i in range(3)]
     assert [len(block) for block in owl] == [1, 1, 1] and len(set.union(*owl)) > 1
-    assert max(abs(share - sparsity) for share in shares["owl"]) <= curvature.OWL_LIMIT + 1e-9
+    assert max(abs(share - sparsity) for share in shares["owl"]) <= curvature.LIMIT + 1e-9
     assert len(set(shares["sensitivity"])) > 5
     assert max(abs(share - sparsity) for share in shares["sensitivity"]) <= 0.2 + 1e-9
 

@@ -69,6 +69,7 @@ MASKS = {
     "64x64": ((128, 192), blockwise(128, 192, 64, 64, 0.5), (), (64, 64)),
     "32x32": ((64, 96), blockwise(64, 96, 32, 32, 0.3), (), (32, 32)),
     "4x4": ((64, 48), blockwise(64, 48, 4, 4, 0.3), (), (4, 4)),
+    "4x4, more than half": ((64, 48), blockwise(64, 48, 4, 4, 0.7), (), None),
     "4x4 of a narrow one": ((12, 20), blockwise(12, 20, 4, 4, 0.3), (), (4, 4)),
     "2:4": ((64, 48), zeros_of("2:4", 64, 48), (), None),
     "unstructured": ((64, 48), zeros_of("unstructured", 64, 48), (), None),
@@ -114,6 +115,25 @@ def test_zero_in_place(name, dtype):
     made = mask.zero_(given)
     assert made.data_ptr() == given.data_ptr() and made.dtype == dtype and torch.equal(given, wanted)
     assert torch.equal(mask.zero_(values.clone().requires_grad_().detach()), wanted)
+
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])  # the CPU does what is for GPUs as well
+@pytest.mark.parametrize("name", MASKS)
+def test_zero_in_place_as_gpus_do_it(name, device, monkeypatch):
+    monkeypatch.setattr(sparse_trainer, "AT_ONCE_ON_GPU", 2**16)
+    mask, zeros, _ = mask_case(name)
+    values, placed = drawn(*zeros.shape, seed=3), mask.to(torch.device(device))
+    values[0, 0] = torch.inf
+    for _ in range(2):  # where the blocks are is found once
+        given = values.clone().to(device)
+        made = placed._zero_on_gpu_(given)
+        assert made.data_ptr() == given.data_ptr() and torch.equal(made.cpu(), torch.where(zeros, 0.0, values))
+    assert torch.equal(placed.free().cpu(), ~zeros)
+    if device == "cuda":
+        assert placed.nbytes <= values.numel() / 8 + 1  # 1/16 of bf16 weights
 
 
 @pytest.mark.parametrize("name", ["16x16", "32x8, named", "32x32", "2:4", "5x7", "33x17", "all", "none"])
