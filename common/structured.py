@@ -280,8 +280,10 @@ def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, s
     keeps = {i: choose(scores, ratio=part * of_layers[i] / whole, allocation="global", floor=floor,
                        **chosen | {"layers": range(i, i + 1)}) for i in layers}  # fmt: skip
     damages = layer_damages(lm, blocks, samples, batch_size, keeps, seed, directory, on_disk, refit)
-    most = [min(FURTHER * part, most_to_remove(blocks, range(i, i + 1), chosen["kinds"], floor) / of_layers[i]) for i in layers]
-    parts = layer_shares([damages[i] for i in layers], [of_layers[i] for i in layers], part, most)
+    most = [most_to_remove(blocks, range(i, i + 1), chosen["kinds"], floor) / of_layers[i] for i in layers]
+    near, sizes = [min(FURTHER * part, share) for share in most], [of_layers[i] for i in layers]
+    enough = sum(share * size for share, size in zip(near, sizes, strict=True)) >= part * able
+    parts = layer_shares([damages[i] for i in layers], sizes, part, near if enough else most)
     return [of_it * of_layers[i] / (ratio * whole) for of_it, i in zip(parts, layers, strict=True)], damages
 
 

@@ -217,6 +217,17 @@ def test_shares_are_in_inverse_proportion_to_damage():
     assert shares == pytest.approx([0.8, 0.35, 0.35]) and sum(shares) == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.6, 0.85])
+def test_no_layer_loses_far_more_than_it_was_measured_with(saved, samples, tmp_path, monkeypatch, ratio):
+    """Of a layer that seems to be worth nothing as well; and the budget is met."""
+    model, folder = saved
+    monkeypatch.setattr(structured, "layer_damages", lambda *args: {0: 1e-9, 1: 1.0, 2: 2.0})
+    lm, chosen = StreamedLM(folder, CPU), {"blocks": blocks_of(model), "layers": ALL, "kinds": KINDS}
+    shares, _ = structured.sensitivity_shares(lm, samples, 8, l2_scores(blocks_of(model)), ratio, 0.1, chosen, 0, tmp_path)
+    assert sum(shares) == pytest.approx(1) and shares[0] >= shares[1] >= shares[2] - 1e-9
+    assert 3 * shares[0] == pytest.approx(1.5) if ratio < 0.6 else 3 * shares[0] <= 1.5 + 1e-9
+
+
 def test_the_damage_of_a_layer_is_felt_by_the_predictions(saved, samples, tmp_path):
     """KL of the model with one block pruned from the dense one; the estimate is of the same size, and no block is free."""
     model, folder = saved
