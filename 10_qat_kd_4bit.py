@@ -272,10 +272,8 @@ def main(argv=None) -> None:
     for package in ("compressed_tensors", *(("onnx", "onnxruntime", "onnxscript") if args.export != "none" else ())):
         runs.require(package, "--export onnx" if package.startswith("onnx") else "the packed format")
     device = runs.resolve_device(args.device)
-    if args.compile:
-        train_utils.check_compiler(device, "--compile")
+    train_utils.check_compiler(device, "--compile", args.compile)
     args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
-
     # Everything that can be refused is refused before a model is loaded
     task = assets.prepare_task(args.task, args.data_dir, args.source, args.local_dir, args.text_column, args.label_column)
     args.student = find_student(args, task)

@@ -287,10 +287,8 @@ def main(argv=None) -> None:
     args.scorers = importance.parse_importance(args.importance, (*WEIGHT_SCORERS, *importance.RECORDED))
     runs.quiet_transformers()
     device = runs.resolve_device(args.device)
-    if args.compile:
-        train_utils.check_compiler(device, "--compile")
+    train_utils.check_compiler(device, "--compile", args.compile)
     args.device, args.precision = str(device), train_utils.resolve_precision(args.precision, device)
-
     # Everything that can be refused is refused before a model is loaded
     base = assets.resolve_model(args.model, args.data_dir, args.source)
     task = assets.prepare_task(args.task, args.data_dir, args.source, args.local_dir, args.text_column, args.label_column)

@@ -190,8 +190,7 @@ def parse_args(argv):
     args.precision = finetuning.lm_precision(args.precision, device)
     finetuning.check_tracking(args.with_tracking, f"--with_tracking {args.with_tracking}")
     check_optimizer(args.optim, "--optim")
-    if args.compile:
-        check_compiler(device, "--compile")
+    check_compiler(device, "--compile", args.compile)
     for package in generation.SCORERS if args.generation_metrics else ():
         runs.require(package, "--generation_metrics")
     return args, device

@@ -227,8 +227,7 @@ def parse_args(argv):
     args.precision = finetuning.lm_precision(args.precision, device)
     finetuning.check_tracking(args.report_to, f"--report_to {args.report_to}")
     check_optimizer(args.optim, "--optim")
-    if args.compile:
-        train_utils.check_compiler(device, "--compile")
+    train_utils.check_compiler(device, "--compile", args.compile)
     if not args.dry_run and (args.gpu_memory or args.num_processes):
         parser.error("--gpu_memory and --num_processes: plan only, together with --dry_run")
     return args, device

@@ -7,8 +7,7 @@
 Whole groups go: a KV head with all its query heads (or, with --gqa_mode queries, as many query heads of every KV head), an FFN
 neuron. A group's score is what its going costs the loss when all that is left makes up for it (--importance obs: ZipLM, arXiv
 2302.04089, in the metric of K-FAC), or one of script 8's. There is one budget for all layers, the first and the last protected,
-so layers end uneven. Then the output projections are solved again by least squares, and the model is trained. Scores are made a
-block at a time: a GPU holds one block and a few pieces of text.
+so layers end uneven. Then the output projections are solved again by least squares, and the model is trained.
 
 Reads a model and text (1_prepare_data.py; prepares what is missing). Writes out/llama3/<name>/: model/ (--save_model),
 run.json, history.csv, training.log. Killed? The same command goes on. The manual: docs/finetune_llama3.md.
@@ -223,8 +222,7 @@ def parse_args(argv):
     args.device, args.scorers = device.type, importance.parse_importance(args.importance, structured.SCORERS)
     args.precision = finetuning.lm_precision(args.precision, device)
     check_optimizer(args.finetune_optim, "--finetune_optim")
-    if args.compile:
-        train_utils.check_compiler(device, "--compile")
+    train_utils.check_compiler(device, "--compile", args.compile)
     note = ""
     if args.finetune and args.finetune_method == "lora":
         try:
@@ -324,11 +322,10 @@ running      {args.precision}, {args.device}{", compiled" * args.compile}"""
 
 def work(args, base: Path, samples, stream, tested, tokenizer, run: Run, total: int, device) -> None:
     """Prune, measure, train, measure."""
-    models, pruned = {"dense": base}, run.dir / "pruned"
-    if args.pruning_ratio:
-        if not checkpoint.is_result_of(pruned, run.config):
-            prune(args, base, samples, tokenizer, run, device)
-        models["pruned"] = pruned
+    pruned = run.dir / "pruned"
+    if args.pruning_ratio and not checkpoint.is_result_of(pruned, run.config):
+        prune(args, base, samples, tokenizer, run, device)
+    models = {"dense": base} | ({"pruned": pruned} if args.pruning_ratio else {})
     if args.test_after_prune and args.pruning_ratio and "perplexity_after_pruning" not in run.record:
         for name in ("dense", "pruned"):
             model = load_causal_lm(models[name], eval_utils.scoring_dtype(device)).to(device)

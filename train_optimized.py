@@ -287,8 +287,7 @@ def parse(argv: list[str]):
     if args.width % args.n_heads:
         parser.error(f"--width {args.width}: --n_heads {args.n_heads} does not divide it")
     device, asked = processes.device_of(args.device, args.devices), vars(args).copy()
-    if args.compile_model:
-        train_utils.check_compiler(device, "--compile_model")
+    train_utils.check_compiler(device, "--compile_model", args.compile_model)
     args.device, args.rank, args.padded = str(device), 0, None if args.use_dynamic_padding else args.max_sequence_length
     args.group = args.gradient_accumulation_steps * args.devices  # batches of a step
     args.learning_rate = args.learning_rate or 5e-4 * math.sqrt(args.batch_size * args.group)

@@ -77,10 +77,10 @@ def choose_attention_(model) -> torch.device:
     return model.device
 
 
-def check_compiler(device: torch.device, flag: str) -> None:
-    """UserError where torch.compile cannot work: on a CPU without a C++ compiler."""
+def check_compiler(device: torch.device, flag: str, wanted: bool = True) -> None:
+    """UserError where torch.compile is wanted and cannot work: on a CPU without a C++ compiler."""
     compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+    if wanted and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError(f"{flag}: on a CPU it needs a C++ compiler, and there is none. Install g++, or leave it out")
 
 

@@ -316,7 +316,8 @@ def test_the_tables_of_extreme_judge_by_the_excess():
     def lines_of(ours, batch):
         at_once = [row("kfac", 0.1, 160.0, 0), row("sparsegpt", 0.1, 320.0, 0)]
         rows = [*at_once, *(row("magnitude, plain", 0.1, 320.0, seed) for seed in (0, 1)),
-                *(row("ours", 0.1, value, seed) for seed, value in enumerate(ours)), row("batch 1", 0.1, batch, 0, steps=2000)]
+                *(row("ours", 0.1, value, seed) for seed, value in enumerate(ours)),
+                row("ours, wide allocation", 0.1, 160.0, 0), row("batch 1", 0.1, batch, 0, steps=2000)]
         text = module.tables({"runs": rows})
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
         return text, {(line[0], line[1]): line[2:] for line in lines}
