@@ -194,7 +194,7 @@ def detection(args) -> list[dict]:
 
 
 def routes(args) -> list[dict]:
-    base = ["--fast", "--num_epochs", str(args.routes_epochs), "--n_evaluated", "0", "--iw_samples", "50"]
+    base = ["--fast", "--num_epochs", str(args.routes_epochs), "--n_evaluated", "256", "--iw_samples", "50"]
     return [{"route": name} | run(f"route-{name}", [*base, *flags], args.n_watched, args) for name, flags in ROUTES.items()]
 
 
