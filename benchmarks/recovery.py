@@ -62,7 +62,9 @@ def shown_of(command: list[str]) -> str:
 def run(name: str, command: list[str], experiment: str, args, flag: str = "--run_name") -> dict | None:
     """The record of one finished run, which is made if it is not there; None with --collect. flag: the script's, for names."""
     path = args.out_dir / experiment / name / "run.json"
-    shown = shown_of(command)
+    inside = [Path(word).is_relative_to(args.out_dir) for word in command]
+    shown = shown_of([("out" / Path(word).relative_to(args.out_dir)).as_posix() if is_inside else word
+                      for word, is_inside in zip(command, inside, strict=True)])  # fmt: skip
     if args.collect and not (path.exists() and read_json(path)["status"] == "finished"):
         return None
     print(f"$ {shown}", flush=True)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import re
+import types
 
 import numpy as np
 import pytest
@@ -304,6 +305,16 @@ def test_recovery_keeps_the_rows_that_are_there(tmp_path, monkeypatch):
     module.main(["--collect", "--out_dir", str(tmp_path / "out")])
     kept = json.loads(path.read_text(encoding="utf-8"))["runs"]
     assert sorted(map(str, kept)) == sorted(map(str, was)) and len(kept) > 5
+
+
+def test_commands_name_no_directory_of_one_machine(tmp_path, monkeypatch):
+    module, asked = load("recovery"), types.SimpleNamespace(collect=False, out_dir=tmp_path / "here", data_dir=tmp_path)
+    (asked.out_dir / "finetune" / "a").mkdir(parents=True)
+    (asked.out_dir / "finetune" / "a" / "run.json").write_text("{}")
+    monkeypatch.setattr(module, "execute", lambda command: None)
+    model = asked.out_dir / "one_shot" / "b" / "model"
+    record = module.run("a", ["finetune_dense.py", "--model", str(model), "--seed", "0"], "finetune", asked)
+    assert record["shown"] == "python finetune_dense.py --model out/one_shot/b/model --seed 0"
 
 
 def test_the_tables_of_extreme_judge_by_the_excess():
