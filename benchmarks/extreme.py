@@ -8,7 +8,7 @@ Every run is `extreme_compression_experiment.py --fast` on assets/tiny_llama and
 split. What is compared is the excess: log-perplexity over the dense model's. All trained rows have the same windows, steps and
 learning rate. "ours" is the script's default: masks, weights and allocation by kfac, distillation from the dense model. Each
 of the rows below it has one of these changed. "wide": the sparsities of projections lie within 0.08 of the mean, as is right
-for half of the weights, and not within a fifth of the density. The batch sizes are compared there: with each the data are the
+for half of the weights, and not within a fifth of the density. The batch sizes are those of "ours": with each the data are the
 same, steps and rate follow the script's rule. "magnitude, plain" is what the field does first: the smallest weights of every
 projection go, and cross-entropy trains the rest. The share of the time that evaluation takes is of the epochs of "ours". "of
 plain's": of the perplexity, and of the excess, of the magnitude route at the same density, same seeds.
@@ -33,39 +33,32 @@ from recovery import ran_on, run, spread, where  # noqa: E402
 from common.runs import Parser, environment, read_json, run_script, table, write_atomic  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "extreme"
-PLAIN, WIDE = ["--prune_method", "magnitude", "--no_distill"], ["--allocation_limit", "0.08"]
+PLAIN = ["--prune_method", "magnitude", "--no_distill"]
 #  name: density, flags
 TRAINED = {
     "magnitude, plain": (0.1, PLAIN),
     "ours": (0.1, []),
+    "ours, no distillation": (0.1, ["--no_distill"]),
     "ours, uniform allocation": (0.1, ["--allocation", "uniform"]),
+    "ours, wide allocation": (0.1, ["--allocation_limit", "0.08"]),
     "ours, magnitude's masks": (0.1, ["--prune_method", "magnitude"]),
     "ours, pruned while training": (0.1, ["--schedule", "cubic"]),
-    "ours, wide allocation": (0.1, WIDE),
-    "wide, no distillation": (0.1, [*WIDE, "--no_distill"]),
     "magnitude, plain, 0.05": (0.05, PLAIN),
     "ours, 0.05": (0.05, []),
-    "ours, wide allocation, 0.05": (0.05, WIDE),
-    "batch 1": (0.1, [*WIDE, "--batch_size", "1"]),
-    "batch 2": (0.1, [*WIDE, "--batch_size", "2"]),
-    "batch 4": (0.1, [*WIDE, "--batch_size", "4"]),
+    "batch 1": (0.1, ["--batch_size", "1"]),
+    "batch 2": (0.1, ["--batch_size", "2"]),
+    "batch 4": (0.1, ["--batch_size", "4"]),
 }
-AT_ONCE = {  # untrained: flags of main_block.py
-    "kfac": ["--prune_method", "kfac"],
-    "kfac, wide allocation": ["--prune_method", "kfac", *WIDE],
-    "sparsegpt": ["--prune_method", "sparsegpt"],
-    "magnitude": ["--prune_method", "magnitude"],
-}
+AT_ONCE = ("kfac", "sparsegpt", "magnitude")  # untrained: methods of main_block.py
 OF_SPARSEGPT, OF_PLAIN = 0.5, 0.6  # wanted, of the excess
 ALIKE, EVALUATION = 0.02, 0.05  # wanted: difference of batch sizes, share of an epoch
 
 
 def prune(name: str, density: float, seed: int, args) -> dict | None:
     """One pruning without training, as a row."""
-    command = ["main_block.py", *AT_ONCE[name], "--sparsity_ratio", f"{1 - density:g}", "--calibration", "news",
+    command = ["main_block.py", "--prune_method", name, "--sparsity_ratio", f"{1 - density:g}", "--calibration", "news",
                "--eval", "--eval_text", "news", "--seed", str(seed)]  # fmt: skip
-    label = name.replace(", ", "-").replace(" ", "-")
-    record = run(f"extreme-{label}-{density:g}-seed{seed}", command, "one_shot", args)
+    record = run(f"extreme-{name}-{density:g}-seed{seed}", command, "one_shot", args)
     if record is None:
         return None
     found = {name: record["metrics"][name]["perplexity"] for name in ("dense", "pruned")}
@@ -111,7 +104,7 @@ def tables(record: dict) -> str:
         base = of("sparsegpt", density)
         for name in AT_ONCE:
             if found := of(name, density):
-                shared = {*found} & {*base} if name.startswith("kfac") else {}
+                shared = {*found} & {*base} if name == "kfac" else {}
                 both = [{seed: rows[seed] for seed in shared} for rows in (found, base)]
                 share = excess(both[0]) / excess(both[1]) if shared else None
                 wanted = OF_SPARSEGPT if share is not None and (name, density) == ("kfac", 0.1) else None
@@ -139,7 +132,7 @@ def tables(record: dict) -> str:
                       "" if wanted is None else met(share <= wanted)])  # fmt: skip
     if len(lines) > 1:
         parts.append(table(lines, markdown=True))
-    sizes = {8: of("ours, wide allocation", 0.1)} | {size: of(f"batch {size}", 0.1) for size in (4, 2, 1)}
+    sizes = {8: of("ours", 0.1)} | {size: of(f"batch {size}", 0.1) for size in (4, 2, 1)}
     if sum(map(bool, sizes.values())) > 1:
         means = {size: statistics.mean(row["perplexity"] for row in found.values()) for size, found in sizes.items() if found}
         lines = [["batch size", "seeds", "steps", "perplexity", "against batch 8", "wanted", "met"]]
@@ -163,7 +156,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--names", nargs="+", default=["at once", *TRAINED], choices=("at once", *TRAINED),
                         help="only these rows [all]")  # fmt: skip
-    parser.add_argument("--at_once", nargs="+", default=list(AT_ONCE), choices=AT_ONCE, help="of the rows at once [all]")
+    parser.add_argument("--at_once", nargs="+", default=AT_ONCE, choices=AT_ONCE, help="of the rows at once [all]")
     parser.add_argument("--untimed", action="store_true", help="the runs were paused or shared a machine: no times of them")
     parser.add_argument("--collect", action="store_true", help="run nothing; take the runs that are finished")
     args = parser.parse_args(argv)

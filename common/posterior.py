@@ -115,6 +115,8 @@ class PosteriorMetricsMonitor:
         self.update_frequency, self.plot_frequency, self.verbose = update_frequency, plot_frequency, verbose
         self.looks: deque[dict] = deque(maxlen=window_size)
         self.directory, self.seed, self.told, self.trouble = directory, seed, "", None
+        if directory is not None:
+            import matplotlib.backends.backend_agg  # noqa: F401  -- takes a second, and more where fonts are looked for first
 
     @property
     def verdict(self) -> str:

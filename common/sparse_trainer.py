@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -41,8 +42,8 @@ class Mask:
     """Which weights of a matrix (out, in) stay zero.
 
     block: rows and columns of the blocks that are zero, or None. data: of blocks their indices, counted row by row, int32;
-    else one bit a weight, 1 where it is free, eight to a uint8 and the first in the lowest place. On a GPU rows and columns of
-    blocks are kept as well, int64: there, starting the kernels that find them takes longer than all else.
+    else one bit a weight, 1 where it is free, eight to a uint8 and the first in the lowest place. On a GPU without
+    Triton, rows and columns of blocks are kept as well, int64: there, starting the kernels that find them takes longest.
     """
 
     shape: tuple[int, int]
@@ -69,8 +70,8 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        places = sum(place.nbytes for place in self._places) if self.block is not None and self.data.device.type != "cpu" else 0
-        return self.data.nbytes + places
+        keeps_places = self.block is not None and self.data.device.type != "cpu" and not has_kernels(self.data.device)
+        return self.data.nbytes + (sum(place.nbytes for place in self._places) if keeps_places else 0)
 
     @cached_property
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +81,8 @@ class Mask:
 
     def zero_(self, values: torch.Tensor) -> torch.Tensor:
         """Set what the mask says to zero in `values`, (out, in), contiguous, on the mask's device."""
+        if has_kernels(values.device):
+            return self._zero_by_triton_(values)
         if values.device.type != "cpu":
             return self._zero_on_gpu_(values)
         if self.block is not None:
@@ -95,6 +98,14 @@ class Mask:
             packed = self.data[start // 8 : -(-(start + AT_ONCE) // 8)]
             part.mul_(functional.embedding(packed.int(), bits_of).view(-1)[: len(part)])
         return values
+
+    def _zero_by_triton_(self, values: torch.Tensor) -> torch.Tensor:
+        """`zero_` in one kernel that writes zeros alone."""
+        from common import mask_kernels
+
+        if self.block is None:
+            return mask_kernels.zero_bits_(values, self.data)
+        return mask_kernels.zero_blocks_(values, self.data, self.block)
 
     def _zero_on_gpu_(self, values: torch.Tensor) -> torch.Tensor:
         """`zero_` in few kernels: one that writes the blocks, or three that unpack the bits."""
@@ -124,9 +135,16 @@ class Mask:
         return Mask((end - start, self.shape[1]), self.block, self.data[inside] - start // n * width)
 
     def to(self, device: torch.device) -> Mask:
-        if self.block is not None and device.type != "cpu" and 8 * PLACE * len(self.data) > math.prod(self.shape):
+        keeps_places = self.block is not None and device.type != "cpu" and not has_kernels(device)
+        if keeps_places and 8 * PLACE * len(self.data) > math.prod(self.shape):
             return Mask._packed(self.free()).to(device)  # with rows and columns bits are smaller
         return Mask(self.shape, self.block, self.data.to(device))
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether masks on a device are Triton's (`mask_kernels`)."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @cache
@@ -358,8 +376,6 @@ class SparseTrainer(Trainer):
             if self.accelerator.is_main_process:
                 state[plain_name(name)] = value.cpu()
         return state
-
-
 
 
 def last_checkpoint(directory: Path, drop: Callable[[Path], None] | None = None) -> Path | None:

@@ -1,7 +1,9 @@
 """Masks against brute force, and training under them against a loop written out by hand."""
 
 import copy
+import importlib.util
 import math
+import os
 import shutil
 from collections import Counter
 
@@ -132,8 +134,37 @@ def test_zero_in_place_as_gpus_do_it(name, device, monkeypatch):
         made = placed._zero_on_gpu_(given)
         assert made.data_ptr() == given.data_ptr() and torch.equal(made.cpu(), torch.where(zeros, 0.0, values))
     assert torch.equal(placed.free().cpu(), ~zeros)
-    if device == "cuda":
+    if device == "cuda" and not sparse_trainer.has_kernels(torch.device("cuda")):
         assert placed.nbytes <= values.numel() / 8 + 1  # 1/16 of bf16 weights
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton: it comes with PyTorch for CUDA on Linux")
+@pytest.mark.skipif(not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"),
+                    reason="no CUDA device, and TRITON_INTERPRET is not set")  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*MASKS, "24x40"])
+def test_zero_in_place_by_triton(name, dtype):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in MASKS:
+        mask, zeros, _ = mask_case(name)
+    else:  # sizes that are no powers of two
+        zeros = blockwise(96, 120, 24, 40, 0.5)
+        mask = Mask.of(drawn(96, 120) * ~zeros, ((24, 40),))
+        assert mask.block == (24, 40)
+    placed = Mask(mask.shape, mask.block, mask.data.to(device))
+    values = drawn(*zeros.shape, seed=3).to(dtype)
+    values[0, 0] = torch.inf
+    around = torch.ones(values.numel() + 2, dtype=dtype, device=device)  # what lies beside it stays
+    given = around[1:-1].view(zeros.shape)
+    given.copy_(values)
+    assert placed._zero_by_triton_(given).data_ptr() == given.data_ptr()
+    assert torch.equal(given.cpu(), torch.where(zeros, torch.zeros((), dtype=dtype), values))
+    assert around[0] == 1 and around[-1] == 1
+    if values.shape[0] > 1 < values.shape[1]:
+        with pytest.raises(ValueError, match="expected contiguous"):
+            placed._zero_by_triton_(torch.ones(*zeros.shape[::-1], device=device).T)
+    if device.type == "cuda":
+        assert torch.equal(placed.zero_(values.to(device)).cpu(), given.cpu()) and placed.nbytes <= values.numel() / 8 + 1
 
 
 @pytest.mark.parametrize("name", ["16x16", "32x8, named", "32x32", "2:4", "5x7", "33x17", "all", "none"])
