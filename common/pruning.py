@@ -330,6 +330,30 @@ def refit_linear_(linear: nn.Linear, gram: torch.Tensor, kept: torch.Tensor, dam
     return float(error / energy)
 
 
+def refit_toward_(linear: nn.Linear, gram: torch.Tensor, cross: torch.Tensor, energy: float, kept: torch.Tensor,
+                  damping: float = 1e-2) -> float:  # fmt: skip
+    """Re-solve the columns `kept` of a projection, and its bias, toward outputs t that it shall give.
+
+    min over W', b' of sum over tokens of |t - W' x_kept - b'|^2 + damping * mean(diag) |[W' - W_kept, b' - b]|^2: as
+    `refit_linear_`, which is the case of t = W x + b.
+
+    linear.weight: (out, in); gram: (in + 1, in + 1), sum of [x, 1] [x, 1]^T; cross: (in + 1, out), of [x, 1] t^T; energy: of
+    |t|^2; kept: (in,) bool. Columns not kept become zero. Returns the squared error of the outputs, relative to `energy`.
+    """
+    bias = torch.zeros(linear.out_features, device=gram.device) if linear.bias is None else linear.bias
+    rows, gram, cross = torch.cat([linear.weight.T, bias[None]]).double(), gram.double(), cross.double()  # (in + 1, out)
+    columns = torch.cat([kept, kept.new_tensor([linear.bias is not None])])
+    inner, wanted, fitted = gram[columns][:, columns], cross[columns], rows[columns]
+    ridge = damping * inner.diagonal().mean()
+    factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
+    fitted = fitted + torch.cholesky_solve(wanted - inner @ fitted, factor)
+    rows[~columns], rows[columns] = 0, fitted
+    linear.weight.copy_(rows[:-1].T)
+    if linear.bias is not None:
+        linear.bias.copy_(rows[-1])
+    return float((energy - 2 * (fitted * wanted).sum() + (fitted * (inner @ fitted)).sum()) / energy)
+
+
 def refit_(blocks: list[Block], grams: list[torch.Tensor], keep: Keep) -> list[float]:
     """`refit_linear_` for every o and FFN output projection from which groups were removed; the relative errors."""
     errors = []

@@ -8,24 +8,28 @@ block, each one seeing what the smaller blocks before it give.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from common.blocks import KINDS, Block, group_costs, group_counts
 from common.checkpoint import load_causal_lm, load_tensors, save_tensors
 from common.curvature import forward_states, head_gradients, input_moments, output_gradients
 from common.importance import GateRecorder, Scores, l2_scores, random_scores
 from common.one_shot import FISHER_DAMPING, damped, inverse_of, quadratic_forms
-from common.pruning import Keep, gram_matrices, refit_, select, shrink_, zero_groups_
+from common.pruning import Keep, gram_matrices, refit_, refit_toward_, select, shrink_, zero_groups_
 from common.runs import read_json, write_atomic
 from common.streaming import Activations, StreamedLM
 
 SCORERS = ("obs", "kd_gradient", "fisher", "taylor", "activation", "l2", "random")
 BACKWARD = {"taylor": "labels", "fisher": "labels", "obs": "curvature", "kd_gradient": "curvature"}  # what it starts from
 RECORDED = {"taylor": "taylor", "fisher": "fisher", "activation": "activation", "kd_gradient": "fisher"}  # by GateRecorder
-FURTHER = 1.5  # what a layer may lose, of what it was measured with
+FURTHER = 1.5  # what a layer may lose, of what all lose on average
+POWERS = (1.5, 8.0)  # of its share, with which a layer's damage grows at least and at most
 ROUNDS = 12  # in which obs takes all groups of a projection away
 ALLOCATIONS = ("global", "sensitivity", "uniform")
 
@@ -90,7 +94,7 @@ def _of_block(lm: StreamedLM, i: int, block: Block, inputs: Activations, grads: 
     recorder = GateRecorder(None, [block], recorded, len(inputs))
     readers, n_tokens = (block.attention.o, block.ffn.out) if "obs" in wanted else (), 0
     fishers = {linear: torch.zeros(linear.out_features, linear.out_features, device=lm.device) for linear in readers}
-    with input_moments(block, only=readers) as grams, output_gradients(fishers):
+    with input_moments(block, only=readers, rounded=True) as grams, output_gradients(fishers, rounded=True):
         for b in range(len(inputs)):
             states = inputs[b].to(lm.device).clone().requires_grad_(grads is not None)
             n_tokens += states.shape[0] * states.shape[1]
@@ -209,28 +213,30 @@ def choose(scores: Scores, blocks: list[Block], ratio: float, layers: range, kin
     return heads_of_slots(keep, scores, blocks) if queries else keep
 
 
-def layer_shares(damages: list[float], costs: list[float], ratio: float, most: float | list[float]) -> list[float]:
-    """The share of its own cost that each layer loses, `ratio` of all in sum, by what losing `ratio` was measured to do to it.
+def layer_shares(damages: list[float], powers: list[float], costs: list[float], ratio: float, most: list[float]) -> list[float]:
+    """The share of its own cost that each layer loses, `ratio` of all in sum, at the least damage.
 
-    Damage is taken to grow with the square of the share: of all that sum to the budget, shares in inverse proportion to the
-    damage do least. No layer loses more than `most` (of each, or of all); what it is spared the others lose.
+    Damage to a layer that loses the share s is taken as damage * (s / ratio)^power, power > 1. Of all shares that sum to the
+    budget those do least at which one parameter more does the same damage in every layer (Lagrange). None loses more than
+    `most`; what it is spared the others lose.
     """
-    damage, cost = torch.tensor(damages, dtype=torch.float64).clamp_min(1e-30), torch.tensor(costs, dtype=torch.float64)
-    shares, full = torch.zeros_like(cost), torch.zeros(len(cost), dtype=torch.bool)
-    most = torch.as_tensor(most, dtype=torch.float64).expand_as(cost)
-    for _ in range(len(cost)):
-        left = ratio * cost.sum() - (most * cost)[full].sum()
-        scale = left / (cost[~full] / damage[~full]).sum()
-        shares = torch.where(full, most, scale / damage)
-        if not (shares > most + 1e-12).any():
-            break
-        full |= shares > most
-    return shares.minimum(most).tolist()
+    damage, power, cost, most = (torch.tensor(values, dtype=torch.float64) for values in (damages, powers, costs, most))
+    slope = power * damage.clamp_min(1e-30) / (ratio * cost)  # damage of a parameter more, at the ratio
+
+    def at(price: float) -> torch.Tensor:
+        return (ratio * (math.exp(price) / slope) ** (1 / (power - 1))).minimum(most)
+
+    low, high = float(slope.log().min() - 700), float(slope.log().max() + 700)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if float((at(middle) * cost).sum()) > ratio * float(cost.sum()) else (middle, high)
+    return at(high).tolist()
 
 
-def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keeps: dict[int, Keep],
-                  seed: int, directory: Path, on_disk: bool = False, refit: bool = True) -> dict[int, float]:  # fmt: skip
-    """What pruning one block alone does to the model's predictions, for each block of `keeps`: nats a token.
+def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keeps: dict[int, list[Keep]],
+                  seed: int, directory: Path, on_disk: bool = False, refit: bool = True) -> dict[int, list[float]]:  # fmt: skip
+    """What pruning one block alone does to the model's predictions, for each block of `keeps` in each of these ways: nats a
+    token.
 
     The block runs with its groups removed (and refitted); the change of its outputs is measured in the curvature that the rest
     of the model has there, 1/2 E[(g . d)^2], g the gradients from `curvature_seed` and d the change, of each token.
@@ -248,8 +254,9 @@ def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, ba
                 states = inputs[i][b].to(lm.device).clone().requires_grad_()
                 with torch.enable_grad():
                     grads[b] = torch.autograd.grad(lm.run(i, states), states, grads[b].to(lm.device))[0]
-            if i in keeps:
-                keep = {kind: [keeps[i][kind][i].to(lm.device)] for kind in KINDS}
+            whole = {name: value.clone() for name, value in lm.tensors(i).items()} if i in keeps else {}
+            for of_model in keeps.get(i, ()):
+                keep = {kind: [of_model[kind][i].to(lm.device)] for kind in KINDS}
                 if refit:
                     refit_([block], grams, keep)
                 zero_groups_([block], keep)
@@ -258,7 +265,9 @@ def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, ba
                     for b, (output, grad) in enumerate(zip(outputs, arriving, strict=True)):
                         change = lm.run(i, inputs[i][b].to(lm.device)).cpu() - output
                         felt.append((change * grad).sum(-1).square().mean())
-                damages[i] = 0.5 * float(torch.stack(felt).mean())
+                damages.setdefault(i, []).append(0.5 * float(torch.stack(felt).mean()))
+                for name, value in lm.tensors(i).items():
+                    value.copy_(whole[name])
     for states in (*inputs, grads):
         states.drop()
     return damages
@@ -266,25 +275,38 @@ def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, ba
 
 def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, scores: Scores, ratio: float, floor: float,
                        chosen: dict, seed: int, directory: Path, on_disk: bool = False, refit: bool = True
-                       ) -> tuple[list[float], dict[int, float]]:  # fmt: skip
+                       ) -> tuple[list[float], dict[int, list[float]]]:  # fmt: skip
     """What `choose` takes as shares with allocation sensitivity, and the damages that they were made from, by layer.
 
     chosen: what else `choose` is called with (blocks, layers, kinds). Each layer is measured with as much of it gone as all
-    layers are to lose. None loses more than FURTHER times that: damage grows faster than what was measured can tell.
+    layers are to lose, and with FURTHER times that, which no layer's share exceeds: from both follows how fast damage grows.
     """
     blocks, layers = chosen["blocks"], chosen["layers"]
     costs, counts = group_costs(blocks), group_counts(blocks)
     of_layers = [sum(costs[kind][i] * counts[kind][i] for kind in chosen["kinds"]) for i in range(len(blocks))]
     whole, able = sum(of_layers), sum(of_layers[i] for i in layers)
     part = ratio * whole / able  # of each of these layers, on average
-    keeps = {i: choose(scores, ratio=part * of_layers[i] / whole, allocation="global", floor=floor,
-                       **chosen | {"layers": range(i, i + 1)}) for i in layers}  # fmt: skip
-    damages = layer_damages(lm, blocks, samples, batch_size, keeps, seed, directory, on_disk, refit)
     most = [most_to_remove(blocks, range(i, i + 1), chosen["kinds"], floor) / of_layers[i] for i in layers]
+    keeps, shares = {}, {}
+    for i, share in zip(layers, most, strict=True):
+        alone = chosen | {"layers": range(i, i + 1), "allocation": "global", "floor": floor}
+        keeps[i] = [choose(scores, ratio=min(far * part, share) * of_layers[i] / whole, **alone) for far in (1, FURTHER)]
+        shares[i] = [sum(costs[kind][i] * float((~keep[kind][i]).sum()) for kind in chosen["kinds"]) / of_layers[i]
+                     for keep in keeps[i]]  # what went: whole groups  # fmt: skip
+    damages = layer_damages(lm, blocks, samples, batch_size, keeps, seed, directory, on_disk, refit)
+    powers, at_part = zip(*(_growth(shares[i], damages[i], part) for i in layers), strict=True)
     near, sizes = [min(FURTHER * part, share) for share in most], [of_layers[i] for i in layers]
     enough = sum(share * size for share, size in zip(near, sizes, strict=True)) >= part * able
-    parts = layer_shares([damages[i] for i in layers], sizes, part, near if enough else most)
+    parts = layer_shares(list(at_part), list(powers), sizes, part, near if enough else most)
     return [of_it * of_layers[i] / (ratio * whole) for of_it, i in zip(parts, layers, strict=True)], damages
+
+
+def _growth(shares: list[float], damages: list[float], part: float) -> tuple[float, float]:
+    """The power of its share by which a layer's damage grows, within POWERS, and the damage at the share `part`."""
+    (near, far), (little, much) = shares, (max(damage, 1e-30) for damage in damages)
+    power = math.log(much / little) / math.log(far / near) if near and far > near else 2.0
+    power = min(max(power, POWERS[0]), POWERS[1])
+    return power, little * (part / near) ** power if near else little
 
 
 def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], floor: float) -> float:
@@ -302,32 +324,38 @@ def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], f
 # ------------------------------------------------------------------------------------------------------------ cut and refit
 
 
+@torch.no_grad()
 def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keep: Keep, parts: Path,
                  on_disk: bool = False) -> list[float]:  # fmt: skip
     """Write each block of `keep` with its removed groups at zero to `parts`/block-<i>.safetensors, its output projections
-    solved again (pruning.refit_linear_): o, then with it the FFN's. Blocks see what the pruned ones before them give.
+    solved again (pruning.refit_toward_): o, then with it the FFN's, from the first block on that loses a group.
+
+    What is solved for are the hidden states of the dense model behind the projection: it makes up for its own removed groups
+    and for what the smaller blocks before it got wrong, so blocks that keep all their groups are refitted too. Where hidden
+    states are normalised behind the sum (OPT-350m) the FFN's has its own dense outputs as the goal.
 
     The relative squared errors of the refitted projections' outputs. A block that is there already is not made again.
     """
-    hidden = lm.embed(samples, batch_size, parts / "activations" if on_disk else None)
-    errors = []
+    hidden, dense = (lm.embed(samples, batch_size, parts / name if on_disk else None) for name in ("activations", "dense"))
+    errors, reached = [], False
     for i, block in enumerate(blocks):
         path, of_block = parts / f"block-{i}.safetensors", {kind: [keep[kind][i].to(lm.device)] for kind in KINDS}
+        reached |= not all(of_block[kind][0].all() for kind in KINDS)
+        dtypes, whole = lm.stored(i), {kind: [torch.ones_like(of_block[kind][0])] for kind in KINDS}
         if path.exists():
+            with lm.loaded(i):
+                lm.advance(i, dense)
             with lm.loaded(i, load_tensors(path)):
                 lm.advance(i, hidden)
             errors += read_json(path.with_suffix(".json"))
             continue
-        dtypes, whole = lm.stored(i), {kind: [torch.ones_like(of_block[kind][0])] for kind in KINDS}
         with lm.loaded(i):
+            middle = _advance(lm, i, block, dense, parts / "middle" if on_disk else None)
             found = []
-            for kind in KINDS:
-                if not of_block[kind][0].all():
-                    with gram_matrices(None, [block]) as grams, torch.no_grad():
-                        for b in range(len(hidden)):
-                            lm.run(i, hidden[b].to(lm.device))
-                    found.append(max(refit_([block], grams, whole | {kind: of_block[kind]})))
-                    zero_groups_([block], whole | {kind: of_block[kind]})
+            for kind in KINDS if reached else ():
+                found.append(_refit(lm, i, block, kind, of_block[kind][0], hidden, middle, dense))
+                zero_groups_([block], whole | {kind: of_block[kind]})
+            middle.drop()
             kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
         with lm.loaded(i, kept):  # the next block sees what is stored
             lm.advance(i, hidden)
@@ -335,7 +363,67 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
         save_tensors(path, kept)
         errors += found
     hidden.drop()
+    dense.drop()
     return errors
+
+
+@contextmanager
+def _seen(block: Block):
+    """Inside, what the latest forward gave to a block's o and FFN output projection, and what they gave: (tokens, ·) fp32."""
+    seen, readers = {}, (block.attention.o, block.ffn.out)
+
+    def hook(module, args, output):
+        seen[module] = args[0].float().flatten(0, -2), output.float().flatten(0, -2)
+
+    handles = [reader.register_forward_hook(hook) for reader in readers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _advance(lm: StreamedLM, i: int, block: Block, states: Activations, directory: Path | None) -> Activations:
+    """Take all hidden states through the block; what they are between attention and FFN."""
+    middle = Activations(directory)
+    with _seen(block) as seen:
+        for b in range(len(states)):
+            given = states[b].to(lm.device)
+            output = lm.run(i, given)
+            middle.append(given + seen[block.attention.o][1].view(given.shape))
+            states[b] = output  # in the place of what was given
+    return middle
+
+
+def _refit(lm: StreamedLM, i: int, block: Block, kind: str, groups: torch.Tensor, hidden: Activations, middle: Activations,
+           dense: Activations) -> float:  # fmt: skip
+    """Solve a block's o (heads) or FFN output projection (neurons) again; its relative error.
+
+    groups: which stay. hidden: the states that the block is given. middle, dense: those of the dense model between attention
+    and FFN, and behind the block.
+    """
+    a = block.attention
+    linear, width = (a.o, a.o.in_features // len(groups)) if kind == "heads" else (block.ffn.out, 1)
+    n = linear.in_features + 1
+    gram, cross = (torch.zeros(n, size, device=lm.device) for size in (n, linear.out_features))
+    energy = torch.zeros((), dtype=torch.float64, device=lm.device)
+    with _seen(block) as seen, torch.autocast(lm.device.type, enabled=False):
+        for b in range(len(hidden)):
+            given, aims = hidden[b].to(lm.device), middle[b] if kind == "heads" else dense[b]
+            output, (x, own) = lm.run(i, given).flatten(0, -2), seen[linear]
+            given, aims = given.flatten(0, -2), aims.to(lm.device).flatten(0, -2)  # (tokens, hidden)
+            between = given + seen[a.o][1]
+            if kind == "heads":
+                wanted = aims - given
+            elif torch.allclose(output - own, between, rtol=1e-3, atol=1e-3 * float(between.abs().max())):
+                wanted = aims - between
+            else:  # normalised behind the sum
+                wanted = own
+            x = functional.pad(x, (0, 1), value=1.0)
+            gram.addmm_(x.T, x)
+            cross.addmm_(x.T, wanted)
+            energy += wanted.double().square().sum()
+    return refit_toward_(linear, gram, cross, energy, groups.repeat_interleave(width))
 
 
 def pruned_model(base: Path, keep: Keep, parts: Path | None = None):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import curvature, one_shot
+from common import curvature, one_shot, train_utils
 from common.blocks import blocks_of
 from common.curvature import QUANTILES, owl_allocation, score_quantiles, sensitivity_allocation
 from common.importance import curvature_seed
@@ -59,6 +59,36 @@ def test_input_moments_are_those_of_plain_hooks(case, full, tmp_path):
                 gram = x.T @ x / len(x)
                 found = moments[linear].double()
                 torch.testing.assert_close(found, gram if full else gram.diagonal(), rtol=1e-5, atol=1e-5 * float(gram.max()))
+
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_tokens", "n"), [(1, 1), (7, 5), (2049, 513), (300, 1100)])
+def test_products_of_second_moments(n_tokens, n, dtype, rounded, device):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(n_tokens, n, generator=generator) + 0.3).to(dtype).to(device)
+    total = torch.zeros(n, n, device=device)
+    for _ in range(2):  # it adds
+        curvature._add_product_(total, x, rounded)
+    curvature._mirror_(total)
+    pieces = [piece.double() for piece in x.split(curvature.PIECE)]
+    wanted = 2 * sum(piece.T @ piece for piece in pieces)
+    off = 2**-8 * 2 * sum((piece.T @ piece).abs() for piece in pieces) if rounded and dtype == torch.bfloat16 else 0.0
+    assert torch.equal(total, total.T)
+    assert bool(((total.double() - wanted).abs() <= off + 1e-5 * wanted.diagonal().max()).all())
+
+
+@pytest.mark.skipif(not train_utils.cpu_has_bf16(), reason="this CPU has no bf16")
+def test_only_where_it_is_asked_for_are_products_rounded():
+    x = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact, rounded = torch.zeros(40, 40), torch.zeros(40, 40)
+    curvature._add_product_(exact, x, False)
+    curvature._add_product_(rounded, x, True)
+    assert not torch.equal(exact, rounded)
 
 
 def test_moments_leave_no_hook_behind(tmp_path):

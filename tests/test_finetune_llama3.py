@@ -407,7 +407,7 @@ def test_even_heads_that_do_not_divide_the_width(base, tmp_path):
 #  how to die, and what the same command then says
 MOMENTS = {
     "in group_scores": (lambda: die_at(structured, "_of_block", 3), None),
-    "in refit_blocks": (lambda: die_at(structured, "refit_", 3), None),
+    "in refit_blocks": (lambda: die_at(structured, "refit_toward_", 3), None),
     "a block half kept": (lambda: die_at(structured, "save_tensors", 2), None),
     "cut, not kept": (lambda: die_at(checkpoint, "save_model", 1), None),
     "in a step": (lambda: die_at(SparseTrainer, "training_step", 4 * 8 + 2), 5),
@@ -520,7 +520,7 @@ def test_ctrl_c_in_the_pruning(base, left_alone, tmp_path, capsys):
     argv = [*base, *SCENARIOS["1"].split(), "--out_dir", tmp_path]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in a shell's background
     try:
-        assert interrupted(argv, 2, structured, "refit_") == 130
+        assert interrupted(argv, 2, structured, "refit_toward_") == 130
     finally:
         signal.signal(signal.SIGINT, before)
     shown = capsys.readouterr().err.splitlines()[-1]

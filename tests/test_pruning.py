@@ -13,6 +13,7 @@ from common.pruning import (
     keep_all,
     refit_,
     refit_linear_,
+    refit_toward_,
     rounded,
     scheduled_sparsity,
     select,
@@ -235,6 +236,39 @@ def test_refitting_is_numpys_least_squares(bias, damping):
             change = x @ (linear.weight - before).T + (linear.bias - old_bias if bias else 0)
             measured = change.square().sum() / (x @ before.T).square().sum()
         assert error == pytest.approx(float(measured), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("damping", [1e-9, 1e-2])
+def test_refitting_toward_given_outputs_is_numpys_least_squares(bias, damping):
+    for seed in range(5):
+        linear, x, gram, kept = regression(seed, bias=bias)
+        wanted = torch.randn(len(x), 4, dtype=torch.float64)
+        ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+        inputs = torch.cat([x[:, kept], torch.ones(len(x), int(bias))], 1).numpy()  # (tokens, kept + 1)
+        before = torch.cat([linear.weight[:, kept].T, linear.bias[None] if bias else torch.zeros(0, 4)]).detach().numpy()
+        ridge = damping * np.square(inputs).sum(0).mean()
+        rows = np.concatenate([inputs, np.sqrt(ridge) * np.eye(inputs.shape[1])])
+        fitted = np.linalg.lstsq(rows, np.concatenate([wanted.numpy(), np.sqrt(ridge) * before]), rcond=None)[0]
+        with torch.no_grad():
+            error = refit_toward_(linear, gram, ones.T @ wanted, float(wanted.square().sum()), kept, damping)
+            measured = (x @ linear.weight.T + (linear.bias if bias else 0) - wanted).square().sum() / wanted.square().sum()
+        found = torch.cat([linear.weight[:, kept].T, linear.bias[None] if bias else torch.zeros(0, 4)]).detach()
+        torch.testing.assert_close(found, torch.from_numpy(fitted), rtol=1e-6, atol=1e-8)
+        assert not linear.weight[:, ~kept].any() and error == pytest.approx(float(measured), rel=1e-6)
+
+
+def test_refitting_toward_its_own_outputs_is_refitting():
+    linear, x, gram, kept = regression(0)
+    other = torch.nn.Linear(7, 4).double()
+    other.load_state_dict(linear.state_dict())
+    wanted = linear(x).detach()
+    cross = torch.cat([x, torch.ones(len(x), 1)], 1).T @ wanted
+    with torch.no_grad():
+        refit_linear_(linear, gram, kept)
+        refit_toward_(other, gram, cross, float(wanted.square().sum()), kept)
+    torch.testing.assert_close(other.weight, linear.weight, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(other.bias, linear.bias, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("n_tokens", [3, 60])  # fewer tokens than inputs: many solutions without damping

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -18,12 +19,12 @@ from transformers import (
 )
 
 from common import structured
-from common.blocks import KINDS, blocks_of, group_costs, group_counts, total_cost
-from common.checkpoint import save_model
+from common.blocks import KINDS, blocks_of, group_costs, group_counts, layers_of, total_cost
+from common.checkpoint import load_tensors, save_model
 from common.importance import curvature_seed, l2_scores
 from common.pruning import sparsity_of, zero_groups_
 from common.streaming import StreamedLM
-from tests.test_streaming import one_thread  # noqa: F401
+from tests.test_streaming import one_thread, save_random  # noqa: F401
 
 SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 8,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
@@ -212,16 +213,40 @@ def test_protected_layers_stay_whole(saved):
 
 
 def test_shares_are_in_inverse_proportion_to_damage():
-    assert structured.layer_shares([1.0, 2.0], [10.0, 10.0], 0.3, 0.9) == pytest.approx([0.4, 0.2])
-    shares = structured.layer_shares([1.0, 100.0, 100.0], [1.0, 1.0, 1.0], 0.5, 0.8)  # what one is spared the others lose
-    assert shares == pytest.approx([0.8, 0.35, 0.35]) and sum(shares) == pytest.approx(1.5)
+    assert structured.layer_shares([1.0, 2.0], [2.0, 2.0], [10.0, 10.0], 0.3, [0.9] * 2) == pytest.approx([0.4, 0.2])
+    spared = structured.layer_shares([1.0, 100.0, 100.0], [2.0] * 3, [1.0] * 3, 0.5, [0.8] * 3)  # what one is, the others lose
+    assert spared == pytest.approx([0.8, 0.35, 0.35]) and sum(spared) == pytest.approx(1.5)
+
+
+def test_shares_do_the_least_damage():
+    """Against a grid of all shares of three layers that sum to the budget."""
+    damages, powers, costs, ratio, most = [1.0, 3.0, 0.2], [1.5, 2.5, 6.0], [2.0, 1.0, 3.0], 0.4, [0.6, 0.6, 0.45]
+
+    def damage(shares):
+        return sum(d * (s / ratio) ** p for d, s, p in zip(damages, shares, powers, strict=True))
+
+    found = structured.layer_shares(damages, powers, costs, ratio, most)
+    assert sum(s * c for s, c in zip(found, costs, strict=True)) == pytest.approx(ratio * sum(costs))
+    assert all(s <= m + 1e-12 for s, m in zip(found, most, strict=True))
+    grid = np.linspace(0, 0.6, 601)
+    others = [(a, b, (ratio * sum(costs) - a * costs[0] - b * costs[1]) / costs[2]) for a in grid for b in grid]
+    least = min(damage(shares) for shares in others if 0 <= shares[2] <= most[2])
+    assert damage(found) <= least * (1 + 1e-9) and least == pytest.approx(damage(found), rel=1e-3)
+
+
+def test_how_fast_damage_grows():
+    power, damage = structured._growth([0.2, 0.3], [0.5 * 0.2**3, 0.5 * 0.3**3], 0.25)
+    assert power == pytest.approx(3) and damage == pytest.approx(0.5 * 0.25**3)
+    assert structured._growth([0.2, 0.3], [1.0, 1.0], 0.2) == (structured.POWERS[0], 1.0)
+    assert structured._growth([0.2, 0.3], [1e-9, 1.0], 0.2)[0] == structured.POWERS[1]
+    assert structured._growth([0.0, 0.0], [0.0, 0.0], 0.2)[0] == structured._growth([0.2, 0.2], [1.0, 1.0], 0.2)[0] == 2
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.6, 0.7])
 def test_no_layer_loses_far_more_than_it_was_measured_with(saved, samples, tmp_path, monkeypatch, ratio):
     """Of a layer that seems to be worth nothing as well; and the budget is met."""
     model, folder = saved
-    monkeypatch.setattr(structured, "layer_damages", lambda *args: {0: 1e-9, 1: 1.0, 2: 2.0})
+    monkeypatch.setattr(structured, "layer_damages", lambda *args: {0: [1e-9, 2e-9], 1: [1.0, 2.3], 2: [2.0, 4.6]})
     lm, chosen = StreamedLM(folder, CPU), {"blocks": blocks_of(model), "layers": ALL, "kinds": KINDS}
     shares, _ = structured.sensitivity_shares(lm, samples, 8, l2_scores(blocks_of(model)), ratio, 0.1, chosen, 0, tmp_path)
     assert sum(shares) == pytest.approx(1) and shares[0] >= shares[1] >= shares[2] - 1e-9
@@ -234,18 +259,20 @@ def test_the_damage_of_a_layer_is_felt_by_the_predictions(saved, samples, tmp_pa
     lm = StreamedLM(folder, CPU)
     blocks = blocks_of(lm.model)
     scores = l2_scores(blocks_of(model))
-    keeps = {i: structured.choose(scores, blocks, 0.04, range(i, i + 1), ("neurons",), "global", 0.1) for i in ALL}
+    keeps = {i: [structured.choose(scores, blocks, share, range(i, i + 1), ("neurons",), "global", 0.1)
+                 for share in (0.08, 0.04)] for i in ALL}  # fmt: skip
     many = torch.randint(3, 60, (64, 16), generator=torch.Generator().manual_seed(3))
     damages = structured.layer_damages(lm, blocks, many, 16, keeps, 0, tmp_path, refit=False)
     with torch.no_grad():
         dense = model(input_ids=many).logits.log_softmax(-1)
     for i in ALL:
         other = made(model.config.model_type)
-        zero_groups_(blocks_of(other), keeps[i])
+        zero_groups_(blocks_of(other), keeps[i][1])
         with torch.no_grad():
             pruned = other(input_ids=many).logits.log_softmax(-1)
         kl = float((dense.exp() * (dense - pruned)).sum(-1).mean())
-        assert damages[i] == pytest.approx(kl, rel=0.5), (i, damages, kl)
+        assert damages[i][1] == pytest.approx(kl, rel=0.5), (i, damages, kl)
+        assert damages[i][0] > damages[i][1]
 
 
 # ------------------------------------------------------------------------------------------------------------ cut and refit
@@ -272,22 +299,90 @@ def test_cut_is_masked(saved, queries, tmp_path):
     assert torch.equal(cut.generate(ids, **how), masked.generate(ids, **how))
 
 
-def test_refitted_blocks_are_closer_to_the_dense_model(saved, samples, tmp_path):
+def states_of(model, i, ids):
+    """What block `i` is given and gives, and its o and FFN output projection read and give; of all tokens, float64."""
+    layer, block, seen = layers_of(model)[i], blocks_of(model)[i], {}
+
+    def hook(name):
+        def keep(module, args, output):
+            seen[name] = tuple(x.flatten(0, -2) for x in (args[0], output[0] if isinstance(output, tuple) else output))
+
+        return keep
+
+    parts = {"block": layer, "heads": block.attention.o, "neurons": block.ffn.out}
+    handles = [module.register_forward_hook(hook(name)) for name, module in parts.items()]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def ridge(x, wanted, before, damping=1e-2):
+    """numpy's least squares for weights (in, out), drawn to `before`."""
+    strength = damping * np.square(x).sum(0).mean()
+    rows = np.concatenate([x, np.sqrt(strength) * np.eye(x.shape[1])])
+    return np.linalg.lstsq(rows, np.concatenate([wanted, np.sqrt(strength) * before]), rcond=None)[0]
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-biased", "qwen3", "opt", "opt-350m"])
+def test_refits_are_the_regression_to_the_dense_states(case, tmp_path):
+    """Of every block, one after the other: block 1 loses groups, block 2 makes up for it, block 0 is as it was."""
+    lm = StreamedLM(save_random(tmp_path, case), CPU)
+    dense, cut = (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval() for _ in range(2))
+    keep = structured.choose(l2_scores(blocks_of(dense)), lm.blocks, 0.15, range(1, 2), KINDS, "global", 0.1)
+    ids = torch.randint(3, 50, (30, 9), generator=torch.Generator().manual_seed(3))
+    errors = structured.refit_blocks(lm, lm.blocks, ids, 8, keep, tmp_path / "parts")
+    assert len(errors) == 4 and all(-1e-6 < error < 1 for error in errors)  # nothing to make up for: nothing
+    before = {name: value.clone() for name, value in cut.state_dict().items()}
+    for i, block in enumerate(blocks_of(cut)):
+        of_block = {kind: [keep[kind][i]] for kind in KINDS}
+        stored = {name: value.double() for name, value in load_tensors(tmp_path / "parts" / f"block-{i}.safetensors").items()}
+        if i == 0:
+            assert all(torch.equal(value, before[name]) for name, value in stored.items())
+            continue
+        for kind, linear in (("heads", block.attention.o), ("neurons", block.ffn.out)):
+            theirs, ours = states_of(dense, i, ids), states_of(cut, i, ids)
+            middle, between = (seen["block"][0] + seen["heads"][1] for seen in (theirs, ours))
+            if kind == "heads":
+                wanted = middle - ours["block"][0]
+            elif case == "opt-350m":  # normalised behind the sum
+                wanted = ours["neurons"][1]
+            else:
+                torch.testing.assert_close(theirs["block"][1], middle + theirs["neurons"][1])
+                wanted = theirs["block"][1] - between
+            kept = keep[kind][i].repeat_interleave(linear.in_features // len(keep[kind][i]))
+            biased = linear.bias is not None
+            x, old = ours[kind][0][:, kept], linear.weight.detach().T[kept]
+            if biased:
+                x, old = torch.cat([x, torch.ones(len(x), 1)], 1), torch.cat([old, linear.bias.detach()[None]])
+            fitted = torch.from_numpy(ridge(x.numpy(), wanted.numpy(), old.numpy()))
+            name = next(name for name, module in cut.named_modules() if module is linear)
+            found = stored[f"{name}.weight"].T[kept]
+            found = torch.cat([found, stored[f"{name}.bias"][None]]) if biased else found
+            torch.testing.assert_close(found, fitted, rtol=1e-3, atol=1e-4 * float(fitted.abs().max()))
+            with torch.no_grad():  # on with what is stored
+                linear.weight.copy_(stored[f"{name}.weight"])
+                if biased:
+                    linear.bias.copy_(stored[f"{name}.bias"])
+            zero_groups_([block], {other: [torch.ones_like(of_block[other][0])] for other in KINDS} | {kind: of_block[kind]})
+        assert all(torch.equal(value, cut.state_dict()[name]) for name, value in stored.items())
+
+
+def test_refitted_blocks_are_closer_to_the_dense_model(saved, tmp_path):
+    """Hidden states behind the last block, on the text that they were fitted to; a block that is there is not made again."""
     model, folder = saved
     lm = StreamedLM(folder, CPU)
     blocks = blocks_of(lm.model)
     keep = structured.choose(l2_scores(blocks_of(model)), blocks, 0.3, ALL, KINDS, "uniform", 0.1)
     many = torch.randint(3, 60, (40, 16), generator=torch.Generator().manual_seed(3))
     errors = structured.refit_blocks(lm, blocks, many, 8, keep, tmp_path / "parts")
-    assert errors and all(0 < error < 1 for error in errors)
-    with torch.no_grad():
-        dense = model(input_ids=samples).logits.log_softmax(-1)
-        found = {}
-        for name, parts in (("plain", None), ("refitted", tmp_path / "parts")):
-            other, _ = structured.pruned_model(folder, keep, parts)
-            logits = other.eval()(input_ids=samples).logits.log_softmax(-1)
-            found[name] = float((dense.exp() * (dense - logits)).sum(-1).mean())
-    assert found["refitted"] < found["plain"], found
+    assert len(errors) == 6 and all(0 < error < 1 for error in errors)
+    last, found = states_of(model, 2, many)["block"][1], {}
+    for name, parts in (("plain", None), ("refitted", tmp_path / "parts")):
+        other, _ = structured.pruned_model(folder, keep, parts)
+        found[name] = float((states_of(other.eval(), 2, many)["block"][1] - last).square().mean())
+    assert found["refitted"] < 0.95 * found["plain"], found
     again = structured.refit_blocks(StreamedLM(folder, CPU), blocks, many, 8, keep, tmp_path / "parts")  # what is there stays
     assert again == errors
 
