@@ -48,7 +48,12 @@ def _add_product_(total: torch.Tensor, x: torch.Tensor, rounded: bool) -> None:
 
 
 def _mirror_(total: torch.Tensor) -> None:
-    total.copy_(total.triu() + total.triu(1).T)
+    """Give a matrix, of which the upper triangle is there, the lower one, in stripes."""
+    for start in range(0, len(total), STRIPE):
+        end = start + STRIPE
+        inside = total[start:end, start:end]
+        inside.copy_(inside.triu() + inside.triu(1).T)
+        total[end:, start:end] = total[start:end, end:].T
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Masks on GPUs by Triton, in kernels that write the zeros and touch nothing else. Triton comes with PyTorch for CUDA on Linux;
-where it is missing, sparse_trainer does the same by PyTorch's own kernels.
+where it is missing or builds nothing, sparse_trainer does the same by PyTorch's own kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def zero_blocks_(values: torch.Tensor, indices: torch.Tensor, block: tuple[int, 
     if len(indices):
         n, m = block
         sizes = n, m, triton.next_power_of_2(n), triton.next_power_of_2(m)
-        _write_blocks[(len(indices),)](values, indices, values.shape[1] // m, *sizes)
+        with torch.cuda.device_of(values):
+            _write_blocks[(len(indices),)](values, indices, values.shape[1] // m, *sizes)
     return values
 
 
@@ -43,7 +44,8 @@ def zero_bits_(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Set to zero what has a 0 among the bits of `packed`, uint8, the first of eight in the lowest place."""
     _check_contiguous(values)
     if n := values.numel():
-        _write_bits[(triton.cdiv(n, BITS_AT_ONCE),)](values, packed, n, BITS_AT_ONCE)
+        with torch.cuda.device_of(values):
+            _write_bits[(triton.cdiv(n, BITS_AT_ONCE),)](values, packed, n, BITS_AT_ONCE)
     return values
 
 

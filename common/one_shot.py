@@ -137,7 +137,8 @@ def damped(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return matrix + torch.where(mean > 0, damping * mean, 1.0) * torch.eye(len(matrix)).to(matrix)
 
 
-def _check_finite(moments: torch.Tensor) -> None:
+def check_finite(moments: torch.Tensor) -> None:
+    """UserError where second moments hold NaN or infinity."""
     if not moments.isfinite().all():
         raise UserError("the model's activations or gradients on the calibration text are not finite: its weights are "
                         "broken, or --precision overflows. Try --precision 32")  # fmt: skip
@@ -150,7 +151,7 @@ def inverse_of(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """
     factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     while failed:
-        _check_finite(matrix)
+        check_finite(matrix)
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
     return torch.cholesky_inverse(factor)
@@ -165,7 +166,7 @@ def quadratic_forms(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tens
     factors, failed = torch.linalg.cholesky_ex(matrices)
     damping, sizes = 1e-7, matrices.diagonal(dim1=1, dim2=2).abs().mean(1)
     while failed.any():
-        _check_finite(matrices)
+        check_finite(matrices)
         shift = (damping * sizes * (failed > 0)).to(matrices)[:, None, None] * torch.eye(matrices.shape[1]).to(matrices)
         factors, failed = torch.linalg.cholesky_ex(matrices + shift)
         damping *= 10

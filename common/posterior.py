@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -115,8 +116,10 @@ class PosteriorMetricsMonitor:
         self.update_frequency, self.plot_frequency, self.verbose = update_frequency, plot_frequency, verbose
         self.looks: deque[dict] = deque(maxlen=window_size)
         self.directory, self.seed, self.told, self.trouble = directory, seed, "", None
-        if directory is not None:
-            import matplotlib.backends.backend_agg  # noqa: F401  -- takes a second, and more where fonts are looked for first
+        if directory is not None:  # now and not while training: it takes a second, and more where fonts are looked for first
+            with suppress(OSError):  # no place for its cache: told where it is drawn
+                import matplotlib.backends.backend_agg
+                import matplotlib.figure  # noqa: F401
 
     @property
     def verdict(self) -> str:

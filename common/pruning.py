@@ -341,17 +341,20 @@ def refit_toward_(linear: nn.Linear, gram: torch.Tensor, cross: torch.Tensor, en
     |t|^2; kept: (in,) bool. Columns not kept become zero. Returns the squared error of the outputs, relative to `energy`.
     """
     bias = torch.zeros(linear.out_features, device=gram.device) if linear.bias is None else linear.bias
-    rows, gram, cross = torch.cat([linear.weight.T, bias[None]]).double(), gram.double(), cross.double()  # (in + 1, out)
     columns = torch.cat([kept, kept.new_tensor([linear.bias is not None])])
-    inner, wanted, fitted = gram[columns][:, columns], cross[columns], rows[columns]
+    rows = torch.cat([linear.weight.T, bias[None]]).double()  # (in + 1, out)
+    inner, wanted, fitted = gram[columns][:, columns].double(), cross[columns].double(), rows[columns]
     ridge = damping * inner.diagonal().mean()
-    factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
-    fitted = fitted + torch.cholesky_solve(wanted - inner @ fitted, factor)
+    residual = wanted - inner @ fitted
+    inner.diagonal().add_(ridge)
+    fitted = fitted + torch.cholesky_solve(residual, torch.linalg.cholesky(inner))
+    inner.diagonal().sub_(ridge)
     rows[~columns], rows[columns] = 0, fitted
     linear.weight.copy_(rows[:-1].T)
     if linear.bias is not None:
         linear.bias.copy_(rows[-1])
-    return float((energy - 2 * (fitted * wanted).sum() + (fitted * (inner @ fitted)).sum()) / energy)
+    error = energy - 2 * (fitted * wanted).sum() + (fitted * (inner @ fitted)).sum()
+    return max(0.0, float(error)) / max(energy, 1e-30)
 
 
 def refit_(blocks: list[Block], grams: list[torch.Tensor], keep: Keep) -> list[float]:

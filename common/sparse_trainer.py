@@ -143,8 +143,18 @@ class Mask:
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether masks on a device are Triton's (`mask_kernels`)."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether masks on a device are Triton's (`mask_kernels`): it is there and builds kernels (it needs a C compiler)."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from common import mask_kernels
+
+    try:
+        mask_kernels.zero_bits_(torch.ones(8, device=device), torch.zeros(1, dtype=torch.uint8, device=device))
+    except Exception as error:  # of Triton, of a compiler, of a driver
+        why = (str(error).strip() or "no message").splitlines()[0]
+        print(f"warning: Triton builds no kernels here ({type(error).__name__}: {why}); masks take PyTorch's, which are slower")
+        return False
+    return True
 
 
 @cache

@@ -20,8 +20,8 @@ from common.blocks import KINDS, Block, group_costs, group_counts
 from common.checkpoint import load_causal_lm, load_tensors, save_tensors
 from common.curvature import forward_states, head_gradients, input_moments, output_gradients
 from common.importance import GateRecorder, Scores, l2_scores, random_scores
-from common.one_shot import FISHER_DAMPING, damped, inverse_of, quadratic_forms
-from common.pruning import Keep, gram_matrices, refit_, refit_toward_, select, shrink_, zero_groups_
+from common.one_shot import FISHER_DAMPING, check_finite, damped, inverse_of, quadratic_forms
+from common.pruning import Keep, refit_toward_, select, shrink_, zero_groups_
 from common.runs import read_json, write_atomic
 from common.streaming import Activations, StreamedLM
 
@@ -238,36 +238,35 @@ def layer_damages(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, ba
     """What pruning one block alone does to the model's predictions, for each block of `keeps` in each of these ways: nats a
     token.
 
-    The block runs with its groups removed (and refitted); the change of its outputs is measured in the curvature that the rest
-    of the model has there, 1/2 E[(g . d)^2], g the gradients from `curvature_seed` and d the change, of each token.
+    The block runs with its groups removed (and refitted, as `refit_blocks` does); the change of its outputs is measured in the
+    curvature that the rest of the model has there, 1/2 E[(g . d)^2], g the gradients from `curvature_seed` and d the change, of
+    each token.
     """
     generator, damages = torch.Generator().manual_seed(seed), {}
     inputs = forward_states(lm, samples, batch_size, directory, on_disk)
     grads = head_gradients(lm, samples, batch_size, inputs[-1], "curvature", generator, directory, on_disk)
     for i in reversed(range(min(keeps, default=0), len(lm))):
         with lm.loaded(i):
-            block = blocks[i]
-            with gram_matrices(None, [block]) as grams, torch.no_grad():
-                outputs = [lm.run(i, inputs[i][b].to(lm.device)).cpu() for b in range(len(inputs[i])) if i in keeps]
-            arriving = [grads[b].clone() for b in range(len(grads))] if i in keeps else []
+            if i in keeps:
+                whole = {name: value.clone() for name, value in lm.tensors(i).items()}
+                middle = _between(lm, i, blocks[i], inputs[i], directory / "middle" if on_disk else None) if refit else None
+                for keep in keeps[i]:
+                    of_block = {kind: keep[kind][i].to(lm.device) for kind in KINDS}
+                    _cut(lm, i, blocks[i], of_block, inputs[i], (middle, inputs[i + 1]) if refit else None)
+                    felt = []
+                    with torch.no_grad():
+                        for b in range(len(grads)):
+                            change = lm.run(i, inputs[i][b].to(lm.device)) - inputs[i + 1][b].to(lm.device)
+                            felt.append((change * grads[b].to(lm.device)).sum(-1).square().mean())
+                    damages.setdefault(i, []).append(0.5 * float(torch.stack(felt).mean()))
+                    for name, value in lm.tensors(i).items():
+                        value.copy_(whole[name])
+                if refit:
+                    middle.drop()
             for b in range(len(grads)):
                 states = inputs[i][b].to(lm.device).clone().requires_grad_()
                 with torch.enable_grad():
                     grads[b] = torch.autograd.grad(lm.run(i, states), states, grads[b].to(lm.device))[0]
-            whole = {name: value.clone() for name, value in lm.tensors(i).items()} if i in keeps else {}
-            for of_model in keeps.get(i, ()):
-                keep = {kind: [of_model[kind][i].to(lm.device)] for kind in KINDS}
-                if refit:
-                    refit_([block], grams, keep)
-                zero_groups_([block], keep)
-                felt = []
-                with torch.no_grad():
-                    for b, (output, grad) in enumerate(zip(outputs, arriving, strict=True)):
-                        change = lm.run(i, inputs[i][b].to(lm.device)).cpu() - output
-                        felt.append((change * grad).sum(-1).square().mean())
-                damages.setdefault(i, []).append(0.5 * float(torch.stack(felt).mean()))
-                for name, value in lm.tensors(i).items():
-                    value.copy_(whole[name])
     for states in (*inputs, grads):
         states.drop()
     return damages
@@ -279,9 +278,13 @@ def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, s
     """What `choose` takes as shares with allocation sensitivity, and the damages that they were made from, by layer.
 
     chosen: what else `choose` is called with (blocks, layers, kinds). Each layer is measured with as much of it gone as all
-    layers are to lose, and with FURTHER times that, which no layer's share exceeds: from both follows how fast damage grows.
+    layers are to lose, and with FURTHER times that, which no layer's share exceeds unless the budget needs it: from both
+    follows how fast damage grows. Kept in `directory`/shares.json, and read from there.
     """
-    blocks, layers = chosen["blocks"], chosen["layers"]
+    blocks, layers, path = chosen["blocks"], chosen["layers"], directory / "shares.json"
+    if path.exists():
+        shares, damages = read_json(path)
+        return shares, {int(i): damage for i, damage in damages.items()}
     costs, counts = group_costs(blocks), group_counts(blocks)
     of_layers = [sum(costs[kind][i] * counts[kind][i] for kind in chosen["kinds"]) for i in range(len(blocks))]
     whole, able = sum(of_layers), sum(of_layers[i] for i in layers)
@@ -298,15 +301,20 @@ def sensitivity_shares(lm: StreamedLM, samples: torch.Tensor, batch_size: int, s
     near, sizes = [min(FURTHER * part, share) for share in most], [of_layers[i] for i in layers]
     enough = sum(share * size for share, size in zip(near, sizes, strict=True)) >= part * able
     parts = layer_shares(list(at_part), list(powers), sizes, part, near if enough else most)
-    return [of_it * of_layers[i] / (ratio * whole) for of_it, i in zip(parts, layers, strict=True)], damages
+    found = [of_it * of_layers[i] / (ratio * whole) for of_it, i in zip(parts, layers, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps([found, damages]))
+    return found, damages
 
 
 def _growth(shares: list[float], damages: list[float], part: float) -> tuple[float, float]:
-    """The power of its share by which a layer's damage grows, within POWERS, and the damage at the share `part`."""
+    """The power of its share by which a layer's damage grows, within POWERS, and the damage at the share `part`: such that
+    neither measured damage is taken for less than it is.
+    """
     (near, far), (little, much) = shares, (max(damage, 1e-30) for damage in damages)
     power = math.log(much / little) / math.log(far / near) if near and far > near else 2.0
     power = min(max(power, POWERS[0]), POWERS[1])
-    return power, little * (part / near) ** power if near else little
+    return power, max(damage * (part / share) ** power if share else damage for share, damage in ((near, little), (far, much)))
 
 
 def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], floor: float) -> float:
@@ -327,8 +335,8 @@ def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], f
 @torch.no_grad()
 def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keep: Keep, parts: Path,
                  on_disk: bool = False) -> list[float]:  # fmt: skip
-    """Write each block of `keep` with its removed groups at zero to `parts`/block-<i>.safetensors, its output projections
-    solved again (pruning.refit_toward_): o, then with it the FFN's, from the first block on that loses a group.
+    """Write each block of `keep`, from the first one on that loses a group, with its removed groups at zero to
+    `parts`/block-<i>.safetensors, its output projections solved again (pruning.refit_toward_): o, then with it the FFN's.
 
     What is solved for are the hidden states of the dense model behind the projection: it makes up for its own removed groups
     and for what the smaller blocks before it got wrong, so blocks that keep all their groups are refitted too. Where hidden
@@ -336,12 +344,17 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
 
     The relative squared errors of the refitted projections' outputs. A block that is there already is not made again.
     """
-    hidden, dense = (lm.embed(samples, batch_size, parts / name if on_disk else None) for name in ("activations", "dense"))
-    errors, reached = [], False
-    for i, block in enumerate(blocks):
-        path, of_block = parts / f"block-{i}.safetensors", {kind: [keep[kind][i].to(lm.device)] for kind in KINDS}
-        reached |= not all(of_block[kind][0].all() for kind in KINDS)
-        dtypes, whole = lm.stored(i), {kind: [torch.ones_like(of_block[kind][0])] for kind in KINDS}
+    places = {name: parts / name if on_disk else None for name in ("dense", "middle", "activations")}
+    dense, errors = lm.embed(samples, batch_size, places["dense"]), []
+    first = next((i for i in range(len(lm)) if not all(keep[kind][i].all() for kind in KINDS)), len(lm))
+    for i in range(first):
+        with lm.loaded(i):
+            lm.advance(i, dense)
+    hidden = Activations(places["activations"])
+    for b in range(len(dense)):
+        hidden.append(dense[b])
+    for i in range(first, len(lm)):
+        path = parts / f"block-{i}.safetensors"
         if path.exists():
             with lm.loaded(i):
                 lm.advance(i, dense)
@@ -349,12 +362,11 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
                 lm.advance(i, hidden)
             errors += read_json(path.with_suffix(".json"))
             continue
+        dtypes, of_block = lm.stored(i), {kind: keep[kind][i].to(lm.device) for kind in KINDS}
         with lm.loaded(i):
-            middle = _advance(lm, i, block, dense, parts / "middle" if on_disk else None)
-            found = []
-            for kind in KINDS if reached else ():
-                found.append(_refit(lm, i, block, kind, of_block[kind][0], hidden, middle, dense))
-                zero_groups_([block], whole | {kind: of_block[kind]})
+            middle = _between(lm, i, blocks[i], dense, places["middle"])
+            lm.advance(i, dense)
+            found = _cut(lm, i, blocks[i], of_block, hidden, (middle, dense), i > first)
             middle.drop()
             kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
         with lm.loaded(i, kept):  # the next block sees what is stored
@@ -364,6 +376,24 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
         errors += found
     hidden.drop()
     dense.drop()
+    return errors
+
+
+@torch.no_grad()
+def _cut(lm: StreamedLM, i: int, block: Block, keep: dict[str, torch.Tensor], hidden: Activations,
+         aims: tuple[Activations, Activations] | None, drifted: bool = False) -> list[float]:  # fmt: skip
+    """Set the groups of a loaded block that do not stay to zero, and refit both output projections; the relative errors.
+
+    keep: by kind, (n_groups,) bool. hidden: the states that the block is given. aims: those of the dense model between its
+    attention and FFN, and behind it; None: nothing is refitted. drifted: whether `hidden` are other states than the dense
+    model's; where they are not, a projection has nothing to make up for before a group has gone.
+    """
+    errors, whole = [], {kind: [torch.ones_like(groups)] for kind, groups in keep.items()}
+    for kind in KINDS:
+        drifted |= not keep[kind].all()
+        if drifted and aims is not None:
+            errors.append(_refit(lm, i, block, kind, keep[kind], hidden, aims[KINDS.index(kind)]))
+        zero_groups_([block], whole | {kind: [keep[kind]]})
     return errors
 
 
@@ -383,47 +413,54 @@ def _seen(block: Block):
             handle.remove()
 
 
-def _advance(lm: StreamedLM, i: int, block: Block, states: Activations, directory: Path | None) -> Activations:
-    """Take all hidden states through the block; what they are between attention and FFN."""
+@torch.no_grad()
+def _between(lm: StreamedLM, i: int, block: Block, states: Activations, directory: Path | None) -> Activations:
+    """What a loaded block's hidden states are between attention and FFN."""
     middle = Activations(directory)
     with _seen(block) as seen:
         for b in range(len(states)):
             given = states[b].to(lm.device)
-            output = lm.run(i, given)
+            lm.run(i, given)
             middle.append(given + seen[block.attention.o][1].view(given.shape))
-            states[b] = output  # in the place of what was given
     return middle
 
 
-def _refit(lm: StreamedLM, i: int, block: Block, kind: str, groups: torch.Tensor, hidden: Activations, middle: Activations,
-           dense: Activations) -> float:  # fmt: skip
-    """Solve a block's o (heads) or FFN output projection (neurons) again; its relative error.
+def _refit(lm: StreamedLM, i: int, block: Block, kind: str, groups: torch.Tensor, hidden: Activations, aims: Activations
+           ) -> float:  # fmt: skip
+    """Solve a block's o (heads) or FFN output projection (neurons) again, toward hidden states `aims`; its relative error.
 
-    groups: which stay. hidden: the states that the block is given. middle, dense: those of the dense model between attention
-    and FFN, and behind the block.
+    groups: which stay. hidden: the states that the block is given.
     """
-    a = block.attention
-    linear, width = (a.o, a.o.in_features // len(groups)) if kind == "heads" else (block.ffn.out, 1)
+    linear = block.attention.o if kind == "heads" else block.ffn.out
+    gram, cross, energy = _regression(lm, i, block, kind, hidden, aims)
+    check_finite(gram)
+    return refit_toward_(linear, gram, cross, energy, groups.repeat_interleave(linear.in_features // len(groups)))
+
+
+def _regression(lm: StreamedLM, i: int, block: Block, kind: str, hidden: Activations, aims: Activations
+                ) -> tuple[torch.Tensor, torch.Tensor, float]:  # fmt: skip
+    """What `refit_toward_` takes: of what the projection reads and of what it shall give, for hidden states to be `aims`."""
+    o, linear = block.attention.o, block.attention.o if kind == "heads" else block.ffn.out
     n = linear.in_features + 1
     gram, cross = (torch.zeros(n, size, device=lm.device) for size in (n, linear.out_features))
     energy = torch.zeros((), dtype=torch.float64, device=lm.device)
     with _seen(block) as seen, torch.autocast(lm.device.type, enabled=False):
         for b in range(len(hidden)):
-            given, aims = hidden[b].to(lm.device), middle[b] if kind == "heads" else dense[b]
+            given = hidden[b].to(lm.device)
             output, (x, own) = lm.run(i, given).flatten(0, -2), seen[linear]
-            given, aims = given.flatten(0, -2), aims.to(lm.device).flatten(0, -2)  # (tokens, hidden)
-            between = given + seen[a.o][1]
+            given, aim = given.flatten(0, -2), aims[b].to(lm.device).flatten(0, -2)  # (tokens, hidden)
+            between = given + seen[o][1]
             if kind == "heads":
-                wanted = aims - given
+                wanted = aim - given
             elif torch.allclose(output - own, between, rtol=1e-3, atol=1e-3 * float(between.abs().max())):
-                wanted = aims - between
+                wanted = aim - between
             else:  # normalised behind the sum
                 wanted = own
             x = functional.pad(x, (0, 1), value=1.0)
             gram.addmm_(x.T, x)
             cross.addmm_(x.T, wanted)
             energy += wanted.double().square().sum()
-    return refit_toward_(linear, gram, cross, energy, groups.repeat_interleave(width))
+    return gram, cross, float(energy)
 
 
 def pruned_model(base: Path, keep: Keep, parts: Path | None = None):

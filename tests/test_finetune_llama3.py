@@ -280,7 +280,7 @@ def test_what_is_written(scenario, tiny):
     assert f"PPL before pruning: {record['metrics']['dense']['perplexity']:.2f}" in ended.shown
     assert record["model_dir"] == str(ended.model) and record["dense_dir"] == str(tiny / "llama")
     assert record["evaluation"]["token_length"] == 64 and record["evaluation"]["split"] == "test"
-    assert len(record["refit_errors"]) >= 2 and all(0 < error < 1 for error in record["refit_errors"])
+    assert len(record["refit_errors"]) >= 2 and all(0 <= error < 1 for error in record["refit_errors"])
     assert [asset["name"].split("-")[0] for asset in record["config"]["assets"]] == ["llama", "text"]
     (stage,) = checkpoint.compression_stages(ended.model)
     assert stage == {"asked": record["config"], "layers": record["layers"]}
@@ -601,10 +601,14 @@ def test_refitting_is_what_moves_the_weights_that_stay(pruned, tiny):
     plain, refitted = pruned("--no_refit"), pruned()
     assert "refit_errors" not in plain.record and plain.record["layers"] == refitted.record["layers"]
     dense, left, moved = (load_file(folder / "model.safetensors") for folder in (tiny / "llama", plain.model, refitted.model))
+    cut = [name for name, tensor in left.items() if tensor.shape != dense[name].shape]
+    first = min(int(name.split(".")[2]) for name in cut)
     for name, tensor in left.items():
         values = set(dense[name].flatten().tolist())
         assert set(tensor.flatten().tolist()) <= values, name  # cut and not touched
-        changed = name.endswith(("o_proj.weight", "down_proj.weight")) and tensor.shape != dense[name].shape
+        changed = name.endswith(("o_proj.weight", "down_proj.weight")) and int(name.split(".")[2]) >= first
+        if name == f"model.layers.{first}.self_attn.o_proj.weight" and name not in cut:
+            changed = False  # nothing had gone before it
         assert torch.equal(moved[name], tensor) != changed, name
 
 

@@ -5,6 +5,8 @@ import importlib.util
 import math
 import os
 import shutil
+import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -165,6 +167,17 @@ def test_zero_in_place_by_triton(name, dtype):
             placed._zero_by_triton_(torch.ones(*zeros.shape[::-1], device=device).T)
     if device.type == "cuda":
         assert torch.equal(placed.zero_(values.to(device)).cpu(), given.cpu()) and placed.nbytes <= values.numel() / 8 + 1
+
+
+@pytest.mark.parametrize("found", [None, "a Triton that builds nothing"])
+def test_without_triton_that_works_masks_are_pytorchs(found, monkeypatch, capsys):
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setattr(sparse_trainer, "find_spec", lambda name: found)
+    monkeypatch.setitem(sys.modules, "common.mask_kernels", types.SimpleNamespace(zero_bits_=no_compiler))
+    assert not sparse_trainer.has_kernels.__wrapped__(torch.device("cuda"))  # where there is no CUDA, of that
+    assert ("warning: Triton builds no kernels here" in capsys.readouterr().out) == bool(found)
 
 
 @pytest.mark.parametrize("name", ["16x16", "32x8, named", "32x32", "2:4", "5x7", "33x17", "all", "none"])
