@@ -254,7 +254,6 @@ def pad_neurons_(model, multiple: int) -> int:
 @contextmanager
 def gram_matrices(model, blocks: list[Block]):
     """Inside, every forward adds X^T X of the inputs X of each o and each FFN output projection, padding left out.
-    model: None where blocks are run without it, and without padding.
 
     A forward with gradients adds at its backward, X^T diag(w) X: half of a token's weight w is one, the other half the squared
     gradient at the projection's output, over its mean in the batch. So what is fitted counts most where the loss feels it.
@@ -290,7 +289,7 @@ def gram_matrices(model, blocks: list[Block]):
 
         return hook
 
-    handles = [] if model is None else [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(note_mask, with_kwargs=True)]
     handles += [reader.register_forward_hook(note_output(gram)) for reader, gram in zip(readers, grams, strict=True)]
     try:
         yield grams

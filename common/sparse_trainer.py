@@ -70,8 +70,10 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        keeps_places = self.block is not None and self.data.device.type != "cpu" and not has_kernels(self.data.device)
-        return self.data.nbytes + (sum(place.nbytes for place in self._places) if keeps_places else 0)
+        return self.data.nbytes + (sum(place.nbytes for place in self._places) if self._keeps_places(self.data.device) else 0)
+
+    def _keeps_places(self, device: torch.device) -> bool:
+        return self.block is not None and device.type != "cpu" and not has_kernels(device)
 
     @cached_property
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +137,7 @@ class Mask:
         return Mask((end - start, self.shape[1]), self.block, self.data[inside] - start // n * width)
 
     def to(self, device: torch.device) -> Mask:
-        keeps_places = self.block is not None and device.type != "cpu" and not has_kernels(device)
-        if keeps_places and 8 * PLACE * len(self.data) > math.prod(self.shape):
+        if self._keeps_places(device) and 8 * PLACE * len(self.data) > math.prod(self.shape):
             return Mask._packed(self.free()).to(device)  # with rows and columns bits are smaller
         return Mask(self.shape, self.block, self.data.to(device))
 

@@ -364,8 +364,7 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
             continue
         dtypes, of_block = lm.stored(i), {kind: keep[kind][i].to(lm.device) for kind in KINDS}
         with lm.loaded(i):
-            middle = _between(lm, i, blocks[i], dense, places["middle"])
-            lm.advance(i, dense)
+            middle = _between(lm, i, blocks[i], dense, places["middle"], advance=True)
             found = _cut(lm, i, blocks[i], of_block, hidden, (middle, dense), i > first)
             middle.drop()
             kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
@@ -414,14 +413,17 @@ def _seen(block: Block):
 
 
 @torch.no_grad()
-def _between(lm: StreamedLM, i: int, block: Block, states: Activations, directory: Path | None) -> Activations:
-    """What a loaded block's hidden states are between attention and FFN."""
+def _between(lm: StreamedLM, i: int, block: Block, states: Activations, directory: Path | None, advance: bool = False
+             ) -> Activations:  # fmt: skip
+    """What a loaded block's hidden states are between attention and FFN; with `advance` all states go through it."""
     middle = Activations(directory)
     with _seen(block) as seen:
         for b in range(len(states)):
             given = states[b].to(lm.device)
-            lm.run(i, given)
+            output = lm.run(i, given)
             middle.append(given + seen[block.attention.o][1].view(given.shape))
+            if advance:
+                states[b] = output  # on a CPU in the place of `given`
     return middle
 
 
