@@ -1,8 +1,7 @@
 """Structured pruning of Llama-3-like models that respects grouped-query attention, and recovery by full fine-tuning or LoRA.
 
     python finetune_llama3.py --fast                                    the tiny LM, minutes
-    python finetune_llama3.py --base_model DIR --prune_mlp --save_model --finetune                a model of your own
-    python finetune_llama3.py --base_model DIR --prune_mlp --save_model --finetune --distill      taught by the dense one
+    python finetune_llama3.py --base_model DIR --prune_mlp --save_model --finetune --distill      a model of your own, taught
 
 Whole groups go: a KV head with all its query heads (or, with --gqa_mode queries, as many query heads of every KV head), an FFN
 neuron. A group's score is what its going costs the loss when all that is left makes up for it (--importance obs: ZipLM, arXiv
@@ -26,6 +25,7 @@ from common.blocks import KINDS, blocks_of, group_costs, group_counts, total_cos
 from common.checkpoint import load_causal_lm
 from common.optimizers import OPTIMIZERS, check_optimizer, for_trainer, trainers_own
 from common.pruning import sparsity_of
+from common.reconstruction import in_passes, n_held_out
 from common.runs import Run, UserError, table
 from common.sparse_trainer import SparseTrainer, last_checkpoint
 from common.streaming import StreamedLM, causal_outline
@@ -42,6 +42,7 @@ PRESETS = [
     ("floor", 0.1, 0.1, "share of every layer's groups that stays, at least one", (0, 1)),
     ("width_multiple", 8, 8, "every layer ends with a multiple of so many neurons; 1: any", (1, 512)),
     ("refit", True, True, "re-solve the output projections by least squares after cutting"),
+    ("reconstruct_passes", 0, 0, "passes over them in which each refitted block learns the dense one's outputs", (0, 10**4)),
     ("finetune_lr", 1e-5, 1e-5, "peak learning rate (LoRA: 2e-4)", (0, 1)),
     ("finetune_epochs", 1, 1, "passes over the samples", (1, 10**4)),
     ("finetune_samples", 500, 100, "windows of text, evenly from the training split", (1, 10**9)),
@@ -123,8 +124,8 @@ def prune(args, base: Path, samples, tokenizer, run: Run, device) -> None:
     with run.timed("cutting"):
         parts = work / "blocks" if args.refit else None
         if parts:
-            run.record["refit_errors"] = structured.refit_blocks(lm, blocks, samples, size, keep, parts,
-                                                                 args.offload_activations)  # fmt: skip
+            run.record["refit_errors"], run.record["reconstruction_errors"] = structured.refit_blocks(
+                lm, blocks, samples, size, keep, parts, args.offload_activations, in_passes(args.reconstruct_passes, args.seed))
         model, left = structured.pruned_model(base, keep, parts)
         checkpoint.save_model(run.dir / "pruned", model, tokenizer, {"asked": run.config, "layers": left}, base)
     run.record |= {"layers_before": before, "layers": left, "sparsity_asked": args.pruning_ratio,
@@ -234,10 +235,9 @@ def parse_args(argv):
             args.finetune_method = "full"
     if not (args.pruning_ratio or args.finetune):
         parser.error("nothing to do: --pruning_ratio 0 and no --finetune")
-    if args.distill and not args.finetune:
-        parser.error("--distill: is for --finetune")
-    if args.hidden_weight and not args.distill:
-        parser.error(f"--hidden_weight {args.hidden_weight}: is for --distill")
+    for flag, other in (("distill", "finetune"), ("hidden_weight", "distill"), ("reconstruct_passes", "refit")):
+        if getattr(args, flag) and not getattr(args, other):
+            parser.error(f"--{flag} {getattr(args, flag)}: is for --{other}".replace(" True", ""))
     return args, device, note
 
 
@@ -257,6 +257,8 @@ def check(args, base: Path, outline, source, stream, tested) -> int:
         raise UserError("--gqa_mode queries: every query head of this model has keys of its own. Use --gqa_mode groups")
     if args.pruning_ratio:
         budget(args, blocks, layers_to_prune(args, len(blocks)), KINDS if args.prune_mlp else ("heads",))
+        if args.reconstruct_passes:
+            n_held_out(-(-args.importance_samples // (TOKENS_A_BATCH // args.importance_seq_len or 1)))
     if args.finetune_method == "lora" and args.lora_target_modules:
         finetuning.check_targets(outline, args.lora_target_modules)
     length = args.ppl_seqlen or min(2048, longest)

@@ -334,7 +334,8 @@ def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], f
 
 @torch.no_grad()
 def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keep: Keep, parts: Path,
-                 on_disk: bool = False) -> list[float]:  # fmt: skip
+                 on_disk: bool = False, reconstruct: Callable[..., tuple[float, float]] | None = None
+                 ) -> tuple[list[float], list[tuple[float, float]]]:  # fmt: skip
     """Write each block of `keep`, from the first one on that loses a group, with its removed groups at zero to
     `parts`/block-<i>.safetensors, its output projections solved again (pruning.refit_toward_): o, then with it the FFN's.
 
@@ -342,10 +343,14 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
     and for what the smaller blocks before it got wrong, so blocks that keep all their groups are refitted too. Where hidden
     states are normalised behind the sum (OPT-350m) the FFN's has its own dense outputs as the goal.
 
-    The relative squared errors of the refitted projections' outputs. A block that is there already is not made again.
+    reconstruct: called as (lm, block's index, hidden states it is given, those of the dense model behind it) when a block is
+    refitted; changes it in place and returns its error before and after (reconstruction.reconstruct_).
+
+    The relative squared errors of the refitted projections' outputs, and what `reconstruct` returned for each block. A block
+    that is there already is not made again.
     """
     places = {name: parts / name if on_disk else None for name in ("dense", "middle", "activations")}
-    dense, errors = lm.embed(samples, batch_size, places["dense"]), []
+    dense, errors, reconstructed = lm.embed(samples, batch_size, places["dense"]), [], []
     first = next((i for i in range(len(lm)) if not all(keep[kind][i].all() for kind in KINDS)), len(lm))
     for i in range(first):
         with lm.loaded(i):
@@ -360,22 +365,24 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
                 lm.advance(i, dense)
             with lm.loaded(i, load_tensors(path)):
                 lm.advance(i, hidden)
-            errors += read_json(path.with_suffix(".json"))
+            found, of_blocks = read_json(path.with_suffix(".json"))
+            errors, reconstructed = errors + found, reconstructed + of_blocks
             continue
         dtypes, of_block = lm.stored(i), {kind: keep[kind][i].to(lm.device) for kind in KINDS}
         with lm.loaded(i):
             middle = _between(lm, i, blocks[i], dense, places["middle"], advance=True)
             found = _cut(lm, i, blocks[i], of_block, hidden, (middle, dense), i > first)
             middle.drop()
+            of_blocks = [reconstruct(lm, i, hidden, dense)] if reconstruct else []
             kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
         with lm.loaded(i, kept):  # the next block sees what is stored
             lm.advance(i, hidden)
-        write_atomic(path.with_suffix(".json"), json.dumps(found))
+        write_atomic(path.with_suffix(".json"), json.dumps([found, of_blocks]))
         save_tensors(path, kept)
-        errors += found
+        errors, reconstructed = errors + found, reconstructed + of_blocks
     hidden.drop()
     dense.drop()
-    return errors
+    return errors, reconstructed
 
 
 @torch.no_grad()
