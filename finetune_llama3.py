@@ -5,8 +5,8 @@
 
 Whole groups go: a KV head with all its query heads (or, with --gqa_mode queries, as many query heads of every KV head), an FFN
 neuron. A group's score is what its going costs the loss when all that is left makes up for it (--importance obs: ZipLM, arXiv
-2302.04089, in the metric of K-FAC), or one of script 8's. There is one budget for all layers, the first and the last protected,
-so layers end uneven. Then the output projections are solved again by least squares, and the model is trained.
+2302.04089, in the metric of K-FAC), or one of script 8's. One budget for all layers, the ends protected, leaves them uneven.
+Then output projections are solved again by least squares, or blocks trained (--reconstruct_passes), and the model is trained.
 
 Reads a model and text (1_prepare_data.py; prepares what is missing). Writes out/llama3/<name>/: model/ (--save_model),
 run.json, history.csv, training.log. Killed? The same command goes on. The manual: docs/finetune_llama3.md.
@@ -231,8 +231,7 @@ def parse_args(argv):
         except UserError:
             if not args.allow_full_fallback:
                 raise
-            note = "⚠️ peft is not installed: all weights are trained instead (--allow_full_fallback)\n"
-            args.finetune_method = "full"
+            args.finetune_method, note = "full", "⚠️ peft is not installed: all weights are trained (--allow_full_fallback)\n"
     if not (args.pruning_ratio or args.finetune):
         parser.error("nothing to do: --pruning_ratio 0 and no --finetune")
     for flag, other in (("distill", "finetune"), ("hidden_weight", "distill"), ("reconstruct_passes", "refit")):

@@ -335,7 +335,7 @@ def most_to_remove(blocks: list[Block], layers: range, kinds: tuple[str, ...], f
 @torch.no_grad()
 def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, batch_size: int, keep: Keep, parts: Path,
                  on_disk: bool = False, reconstruct: Callable[..., tuple[float, float]] | None = None
-                 ) -> tuple[list[float], list[tuple[float, float]]]:  # fmt: skip
+                 ) -> tuple[list[float], list[list[float]]]:  # fmt: skip
     """Write each block of `keep`, from the first one on that loses a group, with its removed groups at zero to
     `parts`/block-<i>.safetensors, its output projections solved again (pruning.refit_toward_): o, then with it the FFN's.
 
@@ -373,7 +373,7 @@ def refit_blocks(lm: StreamedLM, blocks: list[Block], samples: torch.Tensor, bat
             middle = _between(lm, i, blocks[i], dense, places["middle"], advance=True)
             found = _cut(lm, i, blocks[i], of_block, hidden, (middle, dense), i > first)
             middle.drop()
-            of_blocks = [reconstruct(lm, i, hidden, dense)] if reconstruct else []
+            of_blocks = [list(reconstruct(lm, i, hidden, dense))] if reconstruct else []
             kept = {name: value.to(dtypes[name]) for name, value in lm.tensors(i).items()}
         with lm.loaded(i, kept):  # the next block sees what is stored
             lm.advance(i, hidden)

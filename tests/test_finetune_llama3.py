@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import finetune_llama3
-from common import assets, checkpoint, eval_utils, generation, runs, streaming, structured, text
+from common import assets, checkpoint, eval_utils, generation, reconstruction, runs, streaming, structured, text
 from common.blocks import blocks_of
 from common.runs import REPOSITORY, read_json
 from common.sparse_trainer import WHOLE, SparseTrainer, last_checkpoint
@@ -417,12 +417,22 @@ MOMENTS = {
 }
 
 
+def of_small_batches():
+    """Else all calibration text of these runs is one."""
+    finetune_llama3.TOKENS_A_BATCH = 2 * LENGTH
+
+
+def reconstructing():
+    of_small_batches()
+    die_at(reconstruction, "_error", 8)  # five times a block
+
+
 def run_and_die(moment, argv):
     """In a process of its own."""
     torch.set_num_threads(1)
     generation.in_turns = once
     with contextlib.redirect_stdout(io.StringIO()):
-        MOMENTS[moment][0]()
+        reconstructing() if moment == "in reconstruct_" else MOMENTS[moment][0]()
         finetune_llama3.main(argv)
 
 
@@ -597,6 +607,20 @@ def test_scorers(importance, pruned, tiny):
     assert weights(ended.model) not in others
 
 
+def test_a_run_killed_while_it_reconstructs(base, killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_llama3, "TOKENS_A_BATCH", finetune_llama3.TOKENS_A_BATCH)  # put back at the end
+    of_small_batches()
+    argv = [*base, "--prune_mlp", "--save_model", "--reconstruct_passes", 4, "--importance_samples", 20]
+    whole = Ended(argv, tmp_path / "whole")
+    assert len(whole.record["reconstruction_errors"]) == 3
+    assert all(0 < after <= before for before, after in whole.record["reconstruction_errors"])
+    assert any(after < before for before, after in whole.record["reconstruction_errors"])
+    killed("in reconstruct_", [*argv, "--out_dir", tmp_path / "killed"])
+    again = Ended(argv, tmp_path / "killed")
+    assert weights(again.model) == weights(whole.model)
+    assert again.record["reconstruction_errors"] == whole.record["reconstruction_errors"]
+
+
 def test_refitting_is_what_moves_the_weights_that_stay(pruned, tiny):
     plain, refitted = pruned("--no_refit"), pruned()
     assert "refit_errors" not in plain.record and plain.record["layers"] == refitted.record["layers"]
@@ -707,7 +731,7 @@ def test_without_peft(base, tmp_path, monkeypatch, capsys):
                        "Run: pip install -r requirements-extra.txt\n")  # fmt: skip
     assert not list(tmp_path.iterdir())
     ended = Ended([*argv, "--allow_full_fallback"], tmp_path)
-    warning = "⚠️ peft is not installed: all weights are trained instead (--allow_full_fallback)"
+    warning = "⚠️ peft is not installed: all weights are trained (--allow_full_fallback)"
     assert list(ended.record["metrics"]) == ["dense", "full"] and ended.record["config"]["finetune_method"] == "full"
     assert warning in ended.shown.splitlines() and (ended.folder / "training.log").read_text() == ended.shown
     capsys.readouterr()
@@ -753,6 +777,8 @@ REFUSED = [
     (["--eval_text", "nothing.txt"], "nothing.txt"),
     (["--eval_text", "NO TEST"], "has no validation split; it has train"),
     (["--finetune", "--hidden_weight", 1], "--hidden_weight 1.0: is for --distill"),
+    (["--no_refit", "--reconstruct_passes", 2], "--reconstruct_passes 2: is for --refit"),
+    (["--reconstruct_passes", 2], "the calibration text is one batch, and another is needed"),
     (["--distill"], "--distill: is for --finetune"),
     (["--finetune_method", "all"], "invalid choice: 'all'"),
     (["--allocation", "greedy"], "invalid choice: 'greedy'"),
