@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from common import train_utils
 from common.runs import UserError
 from common.streaming import Activations, StreamedLM
 
@@ -44,7 +45,8 @@ def reconstruct_(lm: StreamedLM, i: int, hidden: Activations, aims: Activations,
     parameters = [p for p in lm.layers[i].parameters() if p.is_floating_point()]
     scales = torch.stack([p.square().mean().sqrt() for p in parameters]).tolist()
     groups = [{"params": [p], "scale": scale} for p, scale in zip(parameters, scales, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=lm.device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=lm.device.type == "cuda")
+    scaler = train_utils.grad_scaler(lm.device, lm.precision)
     before = least = _error(lm, i, hidden, aims, n)
     best, step = [p.clone() for p in parameters], 0
     for _ in range(passes):
@@ -55,8 +57,9 @@ def reconstruct_(lm: StreamedLM, i: int, hidden: Activations, aims: Activations,
                 share = min(1.0, step / RISING) * (1 - (step - 1) / (passes * n))
                 for group in optimizer.param_groups:
                     group["lr"] = RATE * share * group["scale"]
-                _loss(lm, i, hidden[b], aims[b]).backward()
-                optimizer.step()
+                scaler.scale(_loss(lm, i, hidden[b], aims[b])).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
         lm.layers[i].requires_grad_(False)
         if (error := _error(lm, i, hidden, aims, n)) < least:  # never true of NaN
