@@ -219,12 +219,11 @@ def parse_args(argv):
     parser.add_argument("--offload_activations", action="store_true", help="keep activations on disk, not in memory")
     parser.add_argument("--precision", default="auto", choices=(*train_utils.PRECISIONS, "bf16"), help="bf16: all of it [auto]")
     args = parser.parse_args(argv)
-    device = runs.resolve_device(args.device)
+    device, note = runs.resolve_device(args.device), ""
     args.device, args.scorers = device.type, importance.parse_importance(args.importance, structured.SCORERS)
     args.precision = finetuning.lm_precision(args.precision, device)
     check_optimizer(args.finetune_optim, "--finetune_optim")
     train_utils.check_compiler(device, "--compile", args.compile)
-    note = ""
     if args.finetune and args.finetune_method == "lora":
         try:
             runs.require("peft", "--finetune_method lora")
@@ -234,7 +233,8 @@ def parse_args(argv):
             args.finetune_method, note = "full", "⚠️ peft is not installed: all weights are trained (--allow_full_fallback)\n"
     if not (args.pruning_ratio or args.finetune):
         parser.error("nothing to do: --pruning_ratio 0 and no --finetune")
-    for flag, other in (("distill", "finetune"), ("hidden_weight", "distill"), ("reconstruct_passes", "refit")):
+    for flag, other in (("distill", "finetune"), ("hidden_weight", "distill"), ("reconstruct_passes", "pruning_ratio"),
+                        ("reconstruct_passes", "refit")):  # fmt: skip
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag} {getattr(args, flag)}: is for --{other}".replace(" True", ""))
     return args, device, note

@@ -9,8 +9,9 @@ Every run is `finetune_llama3.py` on assets/tiny_llama and the news: 128 x 512 c
 split. What is compared is the excess: log-perplexity over the dense model's. Torch-Pruning takes as much from the same model by
 the same calibration tokens, in an environment of its own: neurons and, as it does under grouped-query attention, query heads;
 its rounding is coarse, so the nearest of several ratios asked counts. Training is the guide's scenario 1 (1,000 windows
-of 512 tokens, two epochs, batches of 4): as it is; behind block reconstruction, with no layer protected; and with an optimizer
-and a rate for this small model, embeddings that stay as they are and the dense model as the teacher.
+of 512 tokens, two epochs, batches of 4): as it is; behind block reconstruction, from twice the calibration text and with no
+layer protected; and with an optimizer and a rate for this small model, embeddings that stay as they are and the dense model as
+the teacher.
 Speeds are of random Llamas of 100 M and 300 M parameters, one sequence, fp32, in turns: the larger the model, the less of a
 token's time is Python's. The cost of importance is that of all groups' scores of the smaller one against a forward and a
 backward with gradients of all weights, on the same 64 x 512 tokens in the same precision; memory is the growth of a fresh

@@ -778,6 +778,7 @@ REFUSED = [
     (["--eval_text", "NO TEST"], "has no validation split; it has train"),
     (["--finetune", "--hidden_weight", 1], "--hidden_weight 1.0: is for --distill"),
     (["--no_refit", "--reconstruct_passes", 2], "--reconstruct_passes 2: is for --refit"),
+    (["--finetune", "--pruning_ratio", 0, "--reconstruct_passes", 2], "--reconstruct_passes 2: is for --pruning_ratio"),
     (["--reconstruct_passes", 2], "the calibration text is one batch, and another is needed"),
     (["--distill"], "--distill: is for --finetune"),
     (["--finetune_method", "all"], "invalid choice: 'all'"),
